@@ -1,0 +1,85 @@
+"""What a model file hands to the rest: its configs, how to build it, how to read its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from xexport.core.state import StateSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from xexport.core.checkpoint import RawCheckpoint
+
+__all__ = ["ROLES", "ChunkModule", "Family", "LoadedModel"]
+
+#: What a parameter does, which is what decides how it may be quantized.
+ROLES = ("embedding", "head", "projection", "low_rank", "decay", "gate", "norm", "conv", "filter", "other")
+
+
+class ChunkModule(Protocol):
+    """An nn.Module in the chunk form.
+
+    ``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)`` for every T >= 1,
+    state tensors in the order of :meth:`state_spec`. Optional attributes: ``vocab_size`` (int),
+    ``max_tokens`` (int or None: the longest stream the state can hold) and
+    ``tensor_roles()`` (glob over parameter names -> one of :data:`ROLES`).
+    """
+
+    def forward(self, tokens: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
+
+    def state_spec(self) -> Sequence[StateSpec]: ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A family's reading of one checkpoint.
+
+    ``tensors`` are keyed by the parameter names of ``family.build(config)`` and may be views into
+    a memory-mapped file, of any float dtype; nothing in them has been converted yet.
+    """
+
+    family: str
+    config: Any
+    tensors: Mapping[str, torch.Tensor]
+    tokenizer: str | None = None
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        name: the file name of the model, and the word the user types.
+        title: one line for ``xexport models``.
+        sources: papers and code the architecture was read from.
+        config: frozen dataclass of plain values (JSON-able).
+        presets: named configs; ``"tiny"`` exists in every family and is for tests.
+        build: config -> nn.Module in the chunk form, on the current torch device (meta included).
+        load: RawCheckpoint -> LoadedModel; raises CheckpointError for a layout it does not know.
+        recognise: RawCheckpoint -> why this family can read it, or None.
+        train_form: config -> nn.Module whose ``forward(tokens [B,T]) -> logits`` is differentiable
+            and fast; its state_dict is what ``from_training`` turns into the chunk form's.
+        from_training: (config, training state_dict) -> tensors for ``build(config)``.
+        roles: (glob over parameter names, role) rows, the first match wins.
+        init: fills a built module with random but sane weights (for benchmarks and tests).
+    """
+
+    name: str
+    title: str
+    sources: tuple[str, ...]
+    config: type
+    presets: Mapping[str, Any]
+    build: Callable[[Any], Any]
+    load: Callable[[RawCheckpoint], LoadedModel]
+    recognise: Callable[[RawCheckpoint], str | None]
+    train_form: Callable[[Any], Any]
+    from_training: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
+    init: Callable[[Any, int], None]
+    roles: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[str, ...] = field(default=())
+    state_note: str = ""

@@ -1,0 +1,59 @@
+"""An operator of the ``xexport`` domain, as data: its signature and its ONNX function bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["DOMAIN", "Body", "OpSpec"]
+
+DOMAIN = "xexport"
+
+
+@dataclass(frozen=True)
+class Body:
+    """One way to write an operator in standard ONNX.
+
+    Attributes:
+        build: opset -> FunctionProto; the proto's domain, name, inputs, outputs and attribute
+            names equal the operator's.
+        why: one sentence, shown in the manifest, that says when this body is the right one.
+    """
+
+    build: Callable[[int], onnx.FunctionProto]
+    why: str
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One operator; arity is fixed and every attribute is always written.
+
+    Attributes:
+        name: op_type in the graph, and the torch op ``torch.ops.xexport.<name>``.
+        inputs, outputs: formal names, in order. Tensor inputs come first in the torch schema.
+        attributes: attribute name -> "int" or "float"; in the torch schema they follow the tensors.
+        input_types: formal input name -> type constraint, "T" (any float) unless listed.
+        bodies: variant name -> Body; the first is the default.
+        domain: graph domain; ``com.microsoft`` where an ORT contrib operator does the job, in
+            which case the body is the same-named local fallback.
+        op_type: name in the graph where it differs from ``name``.
+        depends: names of other operators that bodies call.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    bodies: Mapping[str, Body]
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    input_types: Mapping[str, str] = field(default_factory=dict)
+    domain: str = DOMAIN
+    op_type: str | None = None
+    depends: tuple[str, ...] = ()
+
+    @property
+    def graph_name(self) -> str:
+        return self.op_type or self.name

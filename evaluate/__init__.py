@@ -1,0 +1,1 @@
+"""Fidelity, drift, latency and memory of a runner, as records."""

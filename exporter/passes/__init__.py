@@ -1,0 +1,1 @@
+"""Graph passes: one file each, ``run(model) -> int`` says how many places it changed."""

@@ -1,0 +1,1 @@
+"""One architecture, one file: config, module in the chunk form, checkpoint loaders, sources."""

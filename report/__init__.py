@@ -1,0 +1,1 @@
+"""Records in, HTML, Markdown or JSON out. Measures nothing."""

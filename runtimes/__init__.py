@@ -1,0 +1,1 @@
+"""Running a bundle: one file a runtime, streaming, sampling, tokenizers. Needs no torch."""

@@ -1,0 +1,1 @@
+"""Small trained checkpoints, and the recipe that made them."""
