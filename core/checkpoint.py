@@ -1,0 +1,179 @@
+"""Reading a checkpoint file or folder without executing anything in it.
+
+``.pth``/``.pt``/``.bin`` go through ``torch.load(weights_only=True, mmap=True)``, ``.safetensors``
+through safetensors; a folder is read as a Hugging Face one (config.json and one or many
+safetensors files). Tensors stay memory-mapped views, so opening a large file costs no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xexport.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["RawCheckpoint", "open_checkpoint", "require_keys"]
+
+_PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class RawCheckpoint:
+    """What is in a checkpoint, not yet read as any family.
+
+    Attributes:
+        path: the file or folder.
+        tensors: stored name -> tensor (memory-mapped where the format allows).
+        metadata: the safetensors ``__metadata__`` table, else empty.
+        config: the parsed config.json of a Hugging Face folder, else empty.
+    """
+
+    path: Path
+    tensors: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_checkpoint(path: str | Path) -> RawCheckpoint:
+    """Open a checkpoint of any supported container.
+
+    Raises:
+        CheckpointError: missing, empty, truncated, of an unknown container, or holding
+            anything but tensors.
+    """
+    where = Path(path)
+    if not where.exists():
+        raise CheckpointError("the checkpoint does not exist", got=where, fix="check the path")
+    if where.is_dir():
+        return _open_folder(where)
+    if where.stat().st_size == 0:
+        raise CheckpointError("the checkpoint is empty (0 bytes)", got=where, fix="download it again")
+    if where.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(where)
+        return RawCheckpoint(where, tensors, metadata)
+    if where.suffix in _PICKLED:
+        return RawCheckpoint(where, _read_pickled(where))
+    raise CheckpointError(
+        "unknown checkpoint format",
+        got=where.name,
+        allowed=".safetensors, .pth, .pt, .bin, .ckpt, or a Hugging Face folder",
+    )
+
+
+def require_keys(raw: RawCheckpoint, keys: tuple[str, ...], family: str) -> None:
+    """Raise a CheckpointError that lists which of ``keys`` the checkpoint lacks."""
+    missing = [k for k in keys if k not in raw.tensors]
+    if missing:
+        raise CheckpointError(
+            f"this checkpoint is not one of {family}: {len(missing)} expected tensors are missing",
+            got=f"{raw.path.name} with {len(raw.tensors)} tensors, such as {', '.join(list(raw.tensors)[:4])}",
+            allowed=f"among others {', '.join(missing[:4])}",
+            fix="name the model this file belongs to, or rename its keys to the published layout",
+        )
+
+
+def _open_folder(folder: Path) -> RawCheckpoint:
+    config_path = folder / "config.json"
+    if not config_path.is_file():
+        raise CheckpointError(
+            "this folder is not a Hugging Face checkpoint: it has no config.json", got=folder
+        )
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError("config.json can't be read", got=f"{config_path}: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError("config.json does not hold an object", got=type(config).__name__)
+    files = _weight_files(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            part, meta = _read_safetensors(file)
+            metadata.update(meta)
+        else:
+            part = _read_pickled(file)
+        tensors.update(part)
+    return RawCheckpoint(folder, tensors, metadata, config)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder; an index names its shards, which must lie beside it."""
+    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        index = folder / index_name
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise CheckpointError("the shard index can't be read", got=f"{index}: {error}") from error
+            for name in names:
+                if Path(name).name != name:
+                    raise CheckpointError("a shard name in the index leaves the folder", got=name)
+                if not (folder / name).is_file():
+                    raise CheckpointError("a shard named in the index is missing", got=folder / name)
+            return [folder / name for name in names]
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.pth"):
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found
+    raise CheckpointError(
+        "the folder has no weights", got=folder, allowed="*.safetensors, pytorch_model*.bin or *.pth"
+    )
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    _require_torch()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            metadata = handle.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            "the safetensors file can't be read: it is truncated or corrupt",
+            got=f"{path}: {error}",
+            fix="download it again",
+        ) from error
+    return tensors, dict(metadata)
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    _require_torch()
+    import torch
+
+    try:
+        loaded = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
+        )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CheckpointError(
+            "the checkpoint can't be read as weights only: it is truncated, corrupt, or holds code",
+            got=f"{path}: {reason}",
+            fix="download it again; a file that needs code to load is refused on purpose",
+        ) from error
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
+        raise CheckpointError(
+            "the checkpoint is not a table of tensors", got=f"{path}: {type(loaded).__name__}"
+        )
+    if not loaded:
+        raise CheckpointError("the checkpoint holds no tensors", got=path)
+    return {str(k): v.detach() for k, v in loaded.items()}
+
+
+def _require_torch() -> None:
+    from xexport.core.extras import require
+
+    require("torch", extra="export", why="to read a checkpoint")
+    require("safetensors", extra="export", why="to read a checkpoint")

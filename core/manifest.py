@@ -1,0 +1,191 @@
+"""manifest.json: everything a device needs to know about a bundle, as a versioned schema.
+
+Reading one needs msgspec only. Nothing in a manifest is executed, and every path in it is a plain
+file name inside the bundle's own folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from xexport.core.errors import BundleError
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "FileEntry",
+    "GraphTensor",
+    "Lowering",
+    "Manifest",
+    "ModelInfo",
+    "StateTensor",
+    "TensorDecision",
+    "decode_manifest",
+    "encode_manifest",
+    "read_manifest",
+    "safe_path",
+]
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """One file of the bundle that must arrive unchanged."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+class GraphTensor(msgspec.Struct, frozen=True):
+    """A graph input or output; symbolic dimensions are strings."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class StateTensor(msgspec.Struct, frozen=True):
+    """One state tensor: graph input ``name``, graph output ``output``, value before the first token."""
+
+    name: str
+    output: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    init: float
+
+
+class Lowering(msgspec.Struct, frozen=True):
+    """Which body an operator got, and why."""
+
+    op: str
+    domain: str
+    variant: str
+    why: str
+    nodes: int
+
+
+class TensorDecision(msgspec.Struct, frozen=True):
+    """How one weight tensor is stored, and why.
+
+    ``error`` is the relative RMS error of the stored against the original values (0 for exact).
+    """
+
+    tensor: str
+    role: str
+    shape: tuple[int, ...]
+    format: str
+    bytes: int
+    reason: str
+    error: float
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What was exported."""
+
+    family: str
+    title: str
+    config: dict[str, Any]
+    parameters: int
+    vocab_size: int
+    max_tokens: int | None
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The whole of manifest.json."""
+
+    schema_version: int
+    xexport_version: str
+    created: str
+    model: ModelInfo
+    target: str
+    precision: str
+    runtime: str
+    provider: str
+    target_row: dict[str, Any]
+    opset: int
+    ir_version: int
+    graph: str
+    graph_form: str
+    files: tuple[FileEntry, ...]
+    inputs: tuple[GraphTensor, ...]
+    outputs: tuple[GraphTensor, ...]
+    state: tuple[StateTensor, ...]
+    tokenizer: dict[str, Any]
+    lowerings: tuple[Lowering, ...]
+    decisions: tuple[TensorDecision, ...]
+    checks: dict[str, Any]
+    environment: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+    figures: dict[str, Any] = {}
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The manifest as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+
+
+def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
+    """Parse and validate a manifest.
+
+    Raises:
+        BundleError: not JSON, not of the schema, of an unknown version, or with a path that leaves
+            the bundle's folder.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError("the manifest is not valid", got=f"{where}: {error}") from error
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            "the manifest has a schema version this xexport can't read",
+            got=version,
+            allowed=SCHEMA_VERSION,
+            fix="upgrade xexport, or export the model again",
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError("the manifest is not valid", got=f"{where}: {error}") from error
+    for name in [manifest.graph, *(f.path for f in manifest.files)]:
+        safe_path(Path("."), name)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle folder.
+
+    Raises:
+        BundleError: the folder is no bundle, or its manifest is not valid.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise BundleError(
+            "this folder is not a bundle: it has no manifest.json",
+            got=folder,
+            fix="name a folder that `xexport MODEL --target T` wrote",
+        )
+    return decode_manifest(path.read_bytes(), str(path))
+
+
+def safe_path(folder: Path, name: str) -> Path:
+    """``folder / name`` for a plain file name.
+
+    Raises:
+        BundleError: the name is absolute, has a separator or ``..``, or is a link.
+    """
+    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name or ":" in name:
+        raise BundleError("a path in the manifest leaves the bundle's folder", got=name)
+    path = folder / name
+    if path.is_symlink():
+        raise BundleError("a file of the bundle is a symbolic link", got=path)
+    return path
+
+
+class _Version(msgspec.Struct):
+    schema_version: int

@@ -1,0 +1,94 @@
+"""A target as a row of data: runtime, provider, precision, graph form, operator bodies, limits."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from xexport.core.errors import TargetError, unknown_name
+
+__all__ = ["Target", "get_target", "parse_target", "target_names"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a bundle is to run.
+
+    Attributes:
+        name: file name of the TOML, for example ``cpu-int8``.
+        description: one line for ``xexport targets``.
+        runtime: the file in runtimes/ that runs it.
+        provider: execution provider of that runtime.
+        precision: name of a quantization scheme (a row in quant/schemes.toml).
+        graph_form: ``dynamic`` (one graph, any B and T) or ``static`` (T=1 and T=chunk).
+        opset: ai.onnx operator set of the graph.
+        bodies: operator -> variant of its function body; operators not listed use their default.
+        provider_options, session_options: passed to the runtime as they are.
+        why: reasons for the choices above, shown in the manifest.
+    """
+
+    name: str
+    description: str
+    runtime: str
+    provider: str
+    precision: str
+    graph_form: str = "dynamic"
+    opset: int = 23
+    bodies: dict[str, str] = field(default_factory=dict)
+    provider_options: dict[str, str] = field(default_factory=dict)
+    session_options: dict[str, str] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """The target as plain data."""
+        return asdict(self)
+
+
+@cache
+def target_names() -> tuple[str, ...]:
+    """Names of the TOML files in targets/."""
+    return tuple(
+        sorted(p.name[:-5] for p in files("xexport.targets").iterdir() if p.name.endswith(".toml"))
+    )
+
+
+def get_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+    """
+    if name not in target_names():
+        raise unknown_name("target", name, target_names())
+    text = (files("xexport.targets") / f"{name}.toml").read_text(encoding="utf-8")
+    return parse_target(name, text)
+
+
+def parse_target(name: str, text: str) -> Target:
+    """A target from the text of its TOML.
+
+    Raises:
+        TargetError: not TOML, an unknown or missing key, or a value of a wrong type.
+    """
+    try:
+        row = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise TargetError(f"target {name!r} is not valid TOML", got=error) from error
+    known = {f.name: f for f in fields(Target) if f.name != "name"}
+    for key, value in row.items():
+        if key not in known:
+            raise unknown_name(f"key in target {name!r}", key, known)
+        wanted = {"str": str, "int": int}.get(str(known[key].type), dict)
+        if not isinstance(value, wanted):
+            raise TargetError(
+                f"key {key!r} of target {name!r} has a wrong type",
+                got=type(value).__name__,
+                allowed=wanted.__name__,
+            )
+    try:
+        return Target(name=name, **row)
+    except TypeError as error:
+        raise TargetError(f"target {name!r} lacks a key", got=error) from error
