@@ -1,0 +1,39 @@
+"""What can be fed tokens and keeps its own state: a bundle's stream, or the PyTorch module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+__all__ = ["Runner"]
+
+
+class Runner(Protocol):
+    """The one interface that evaluation, generation and profiling need.
+
+    Attributes:
+        vocab_size: V, the width of the logits.
+        batch: B, fixed for the life of the runner.
+        position: tokens fed since the last reset.
+        max_tokens: the longest stream the state can hold, or None.
+    """
+
+    vocab_size: int
+    batch: int
+    position: int
+    max_tokens: int | None
+
+    def feed(self, tokens: Sequence[int] | Any) -> Any:
+        """Feed tokens (``[T]``, or int64 ``[B,T]``) and return float32 logits ``[B,T,V]`` (numpy)."""
+
+    def reset(self) -> None:
+        """Back to the state before the first token."""
+
+    def save(self) -> Any:
+        """A copy of the state and position, opaque to the caller."""
+
+    def restore(self, saved: Any) -> None:
+        """Continue from what :meth:`save` returned."""
+
+    def state(self) -> dict[str, Any]:
+        """A copy of every state tensor by name (numpy)."""
