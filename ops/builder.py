@@ -1,0 +1,99 @@
+"""A small builder for ONNX function bodies: nodes with unique names, constants, Scan and If subgraphs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from xexport.core.op import DOMAIN
+
+__all__ = ["BodyBuilder"]
+
+_UNIQUE = itertools.count()
+
+
+class BodyBuilder:
+    """Collects the nodes of one function body, or of one subgraph in it.
+
+    Every value gets a name that is unique in the process, so bodies may be nested and inlined freely.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = f"{prefix or 'b'}{next(_UNIQUE)}_"
+        self._count = itertools.count()
+        self.nodes: list[onnx.NodeProto] = []
+
+    def fresh(self, hint: str) -> str:
+        """A new value name."""
+        return f"{self._prefix}{hint}_{next(self._count)}"
+
+    def op(self, op_type: str, *inputs: str, out: str | None = None, domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output and return its name (``out`` or a fresh one)."""
+        name = out or self.fresh(op_type.lower())
+        self.nodes.append(helper.make_node(op_type, list(inputs), [name], domain=domain, **attributes))
+        return name
+
+    def multi(
+        self, op_type: str, *inputs: str, outs: int | Sequence[str], domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """Add a node with several outputs and return their names."""
+        hint = op_type.lower()
+        names = [self.fresh(hint) for _ in range(outs)] if isinstance(outs, int) else list(outs)
+        self.nodes.append(helper.make_node(op_type, list(inputs), names, domain=domain, **attributes))
+        return names
+
+    def const(self, value: Any, dtype: Any = None, out: str | None = None) -> str:
+        """Add a Constant tensor."""
+        array = np.asarray(value, dtype=dtype)
+        name = out or self.fresh("const")
+        self.nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name)))
+        return name
+
+    def ints(self, *values: int) -> str:
+        """An int64 vector, as axes and shapes want it."""
+        return self.const(list(values), np.int64)
+
+    def attribute(self, name: str, kind: str) -> str:
+        """The function's attribute as a scalar value: ``kind`` is ``"int"`` or ``"float"``."""
+        out = self.fresh(name)
+        node = helper.make_node("Constant", [], [out])
+        reference = onnx.AttributeProto()
+        reference.name = f"value_{kind}"
+        reference.ref_attr_name = name
+        reference.type = onnx.AttributeProto.INT if kind == "int" else onnx.AttributeProto.FLOAT
+        node.attribute.append(reference)
+        self.nodes.append(node)
+        return out
+
+    def graph(self, name: str, inputs: Iterable[Any], outputs: Iterable[Any]) -> onnx.GraphProto:
+        """The nodes as a subgraph; inputs and outputs are names (untyped) or ValueInfoProtos."""
+        return helper.make_graph(self.nodes, name, [_info(i) for i in inputs], [_info(o) for o in outputs])
+
+    def function(
+        self,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        opset: int,
+        *,
+        attributes: Sequence[str] = (),
+        domain: str = DOMAIN,
+        imports: Sequence[tuple[str, int]] = (),
+    ) -> onnx.FunctionProto:
+        """The nodes as a FunctionProto; ``imports`` adds domains that the body calls."""
+        opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, v) for d, v in imports)]
+        return helper.make_function(
+            domain, name, list(inputs), list(outputs), self.nodes, opsets, attributes=list(attributes)
+        )
+
+
+def _info(value: Any) -> onnx.ValueInfoProto:
+    if isinstance(value, str):
+        return helper.make_value_info(value, onnx.TypeProto())
+    assert isinstance(value, onnx.ValueInfoProto)
+    return value
