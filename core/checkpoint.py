@@ -11,16 +11,18 @@ import json
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xexport.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RawCheckpoint", "open_checkpoint", "require_keys"]
+__all__ = ["RawCheckpoint", "open_checkpoint", "own_config", "require_keys"]
+
+ConfigT = TypeVar("ConfigT")
 
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -74,10 +76,43 @@ def require_keys(raw: RawCheckpoint, keys: tuple[str, ...], family: str) -> None
     if missing:
         raise CheckpointError(
             f"this checkpoint is not one of {family}: {len(missing)} expected tensors are missing",
-            got=f"{raw.path.name} with {len(raw.tensors)} tensors, such as {', '.join(list(raw.tensors)[:4])}",
+            got=f"{raw.path.name}: {len(raw.tensors)} tensors, as {', '.join(list(raw.tensors)[:4])}",
             allowed=f"among others {', '.join(missing[:4])}",
             fix="name the model this file belongs to, or rename its keys to the published layout",
         )
+
+
+def own_config(raw: RawCheckpoint, family: str, config: type[ConfigT]) -> ConfigT | None:
+    """The configuration in the metadata of a file that xexport's own training wrote, else None.
+
+    Such a safetensors file names its family (``xexport.family``), holds its configuration as JSON
+    (``xexport.config``) and its tensors in the training layout (``xexport.layout`` = ``training``).
+    JSON has no tuples, so a list becomes one.
+
+    Raises:
+        CheckpointError: the metadata is of this family but can't be used.
+    """
+    if raw.metadata.get("xexport.family") != family:
+        return None
+    layout = raw.metadata.get("xexport.layout")
+    if layout != "training":
+        raise CheckpointError("unknown tensor layout in the metadata", got=layout, allowed="training")
+    try:
+        row = json.loads(raw.metadata["xexport.config"])
+        known = {f.name for f in fields(config)}  # type: ignore[arg-type]
+        unknown = sorted(set(row) - known)
+        if unknown:
+            raise CheckpointError(
+                f"the {family} configuration in the metadata has unknown keys",
+                got=", ".join(unknown),
+                allowed=", ".join(sorted(known)),
+                fix="a newer xexport may have written the file: upgrade",
+            )
+        return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"the {family} configuration in the metadata can't be read", got=f"{raw.path.name}: {error}"
+        ) from error
 
 
 def _open_folder(folder: Path) -> RawCheckpoint:
