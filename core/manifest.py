@@ -153,7 +153,7 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError("the manifest is not valid", got=f"{where}: {error}") from error
     for name in [manifest.graph, *(f.path for f in manifest.files)]:
-        safe_path(Path("."), name)
+        safe_path(Path(), name)
     return manifest
 
 

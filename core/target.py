@@ -50,9 +50,7 @@ class Target:
 @cache
 def target_names() -> tuple[str, ...]:
     """Names of the TOML files in targets/."""
-    return tuple(
-        sorted(p.name[:-5] for p in files("xexport.targets").iterdir() if p.name.endswith(".toml"))
-    )
+    return tuple(sorted(p.name[:-5] for p in files("xexport.targets").iterdir() if p.name.endswith(".toml")))
 
 
 def get_target(name: str) -> Target:

@@ -1,1 +1,1 @@
-"""Operators: one folder each with reference.py (the definition), function.py (ONNX bodies) and, later, kernel.cc."""
+"""Operators, one folder each: reference.py (the definition), function.py (ONNX bodies), kernel.cc (later)."""

@@ -32,7 +32,9 @@ class BodyBuilder:
         """A new value name."""
         return f"{self._prefix}{hint}_{next(self._count)}"
 
-    def op(self, op_type: str, *inputs: str, out: str | None = None, domain: str = "", **attributes: Any) -> str:
+    def op(
+        self, op_type: str, *inputs: str, out: str | None = None, domain: str = "", **attributes: Any
+    ) -> str:
         """Add a node with one output and return its name (``out`` or a fresh one)."""
         name = out or self.fresh(op_type.lower())
         self.nodes.append(helper.make_node(op_type, list(inputs), [name], domain=domain, **attributes))
@@ -51,7 +53,9 @@ class BodyBuilder:
         """Add a Constant tensor."""
         array = np.asarray(value, dtype=dtype)
         name = out or self.fresh("const")
-        self.nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name)))
+        self.nodes.append(
+            helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
+        )
         return name
 
     def ints(self, *values: int) -> str:
