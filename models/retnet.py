@@ -1,0 +1,385 @@
+"""RetNet: retention, a linear recurrence with one fixed decay a head, in the chunk form.
+
+Sources:
+    1. Sun et al., Retentive Network: A Successor to Transformer for Large Language Models,
+       arXiv 2307.08621: section 2.1 (retention), 2.2 (multi-scale, gated), table 2 (sizes).
+    2. microsoft/torchscale, ``retnet.py`` and ``multiscale_retention.py`` (MIT): the rotation's
+       frequencies, which the paper leaves open, and the RMS-normed, GLU variant.
+
+Glossary:
+    B batch, T tokens, d width, H heads, K = d/H key size, V = value_factor*K value size,
+    gamma_h = 1 - 2^(-5-h) decay of head h, theta_i rotation of key pair i, radians a token.
+
+One block (pre-norm, X the residual stream):
+    Y = MSR(LN(X)) + X        X' = FFN(LN(Y)) + Y        FFN(Z) = gelu(Z W1) W2
+    MSR(X) = (swish(X W_G) * GroupNorm_H(retention(X W_Q, X W_K, X W_V))) W_O
+    retention, head h:  S_t = gamma_h S_{t-1} + k_t v_t^T,   o_t = K^-1/2 q_t S_t
+with q and k rotated by the angle ``position * theta`` (xPos without its scaling: gamma does that).
+
+Normalisation: the paper also divides by sqrt(K), by the row sums of the decay mask and by the row's
+absolute sum (section 2.2, "retention score normalization"). The last two divide a head's output at
+one token by one positive number; the group norm that follows cancels any such factor (but for its
+epsilon), so the recurrence keeps K^-1/2 alone and the model is the same function.
+
+Precision: ``position * theta`` in float32 is wrong by 0.006 rad at token 100 000. Here theta is a
+fraction of a turn in units of 2^-32, the product is taken modulo 2^32 in int64 and is exact, so the
+angle is as precise at token 10^9 as at token 1. Rounding theta to 2^-33 turns moves the angle between
+tokens n and m by (n-m) * 7e-10 rad, and the decay ends at n-m of some thousands.
+
+State: ``layers.<i>.retention`` [B,H,K,V] float32, ``position`` [1] int64 (shared by the batch).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
+from xexport.core.errors import CheckpointError, InputError
+from xexport.core.family import Family, LoadedModel
+from xexport.core.state import StateSpec
+from xexport.ops.linear_attention.reference import linear_attention
+
+__all__ = ["FAMILY", "RetNet", "RetNetConfig", "RetNetTrain"]
+
+_TURN = 1 << 32
+
+
+@dataclass(frozen=True)
+class RetNetConfig:
+    """Sizes of a RetNet.
+
+    Attributes:
+        vocab_size, width, layers, heads: V, d, number of blocks, H.
+        ffn: inner width of the feed-forward network (the paper's is 2 d).
+        value_factor: value size over key size (the paper's is 2).
+        rms: RMS norms without mean and bias, as torchscale has them, in place of layer and group norms.
+        glu: gate the feed-forward network by a third matrix, as torchscale does.
+        eps: epsilon of every norm.
+    """
+
+    vocab_size: int = 256
+    width: int = 160
+    layers: int = 4
+    heads: int = 5
+    ffn: int = 320
+    value_factor: int = 2
+    rms: bool = False
+    glu: bool = False
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if min(self.vocab_size, self.width, self.layers, self.heads, self.ffn, self.value_factor) < 1:
+            raise InputError("a RetNet size is below 1", got=self)
+        if self.width % (2 * self.heads):
+            raise InputError(
+                "the width of a RetNet must be an even multiple of its heads", got=(self.width, self.heads)
+            )
+
+    @property
+    def key_size(self) -> int:
+        """K."""
+        return self.width // self.heads
+
+    @property
+    def value_size(self) -> int:
+        """V."""
+        return self.key_size * self.value_factor
+
+
+class _Norm(nn.Module):
+    """Layer norm over the last axis, or RMS norm."""
+
+    def __init__(self, width: int, rms: bool, eps: float) -> None:
+        super().__init__()
+        self.rms, self.eps = rms, eps
+        self.weight = nn.Parameter(torch.ones(width))
+        if not rms:
+            self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rms:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class _Retention(nn.Module):
+    """The projections around the recurrence; the recurrence itself is handed in by the caller."""
+
+    def __init__(self, c: RetNetConfig) -> None:
+        super().__init__()
+        self.c = c
+        values = c.heads * c.value_size
+        self.q_proj = nn.Linear(c.width, c.width, bias=False)
+        self.k_proj = nn.Linear(c.width, c.width, bias=False)
+        self.v_proj = nn.Linear(c.width, values, bias=False)
+        self.g_proj = nn.Linear(c.width, values, bias=False)
+        self.out_proj = nn.Linear(values, c.width, bias=False)
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k of ``x [B,T,d]``, each ``[B,T,H,K]`` and rotated; cos and sin are ``[T,1,K/2]``."""
+        q, k = (p(x).unflatten(-1, (self.c.heads, -1)) for p in (self.q_proj, self.k_proj))
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+    def finish(self, x: Tensor, o: Tensor) -> Tensor:
+        """Group norm, swish gate and output projection of the heads' outputs ``o [B,T,H,V]``."""
+        if self.c.rms:
+            o = F.rms_norm(o, o.shape[-1:], None, self.c.eps)
+        else:
+            o = F.layer_norm(o, o.shape[-1:], None, None, self.c.eps)
+        y: Tensor = self.out_proj(F.silu(self.g_proj(x)) * o.flatten(-2))
+        return y
+
+
+class _FeedForward(nn.Module):
+    """gelu(x W1) W2, or (gelu(x W1) * x Wg) W2."""
+
+    def __init__(self, c: RetNetConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(c.width, c.ffn, bias=False)
+        self.fc2 = nn.Linear(c.ffn, c.width, bias=False)
+        self.gate = nn.Linear(c.width, c.ffn, bias=False) if c.glu else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.fc1(x))
+        y: Tensor = self.fc2(h if self.gate is None else h * self.gate(x))
+        return y
+
+
+class _Block(nn.Module):
+    def __init__(self, c: RetNetConfig) -> None:
+        super().__init__()
+        self.retention_norm = _Norm(c.width, c.rms, c.eps)
+        self.retention = _Retention(c)
+        self.ffn_norm = _Norm(c.width, c.rms, c.eps)
+        self.ffn = _FeedForward(c)
+
+
+class RetNet(nn.Module):
+    """The chunk form: ``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)``.
+
+    The buffers ``decay`` (log gamma, float32 [H]) and ``turns`` (theta in 2^-32 turns, int64 [K/2])
+    are constants of the configuration, kept with the weights so that a module on the meta device has
+    them too.
+    """
+
+    max_tokens: int | None = None
+
+    def __init__(self, config: RetNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
+        self.norm = _Norm(config.width, config.rms, config.eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        for name, table in _tables(config).items():
+            self.register_buffer(name, torch.tensor(table.tolist(), dtype=table.dtype))
+
+    def state_spec(self) -> list[StateSpec]:
+        """Retention per layer, then the position."""
+        c = self.config
+        shape = ("B", c.heads, c.key_size, c.value_size)
+        specs = [StateSpec(f"layers.{i}.retention", shape) for i in range(c.layers)]
+        return [*specs, StateSpec("position", (1,), "int64")]
+
+    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        c = self.config
+        *retention, position = state
+        batch, length = tokens.shape
+        cos, sin = self.angles(position + torch.arange(length, device=tokens.device))
+        decay = self.decay.expand(batch, length, c.heads)
+        x = self.embed(tokens)
+        after = []
+        for layer, before in zip(self.layers, retention, strict=True):
+            h = layer.retention_norm(x)
+            q, k = layer.retention.rotated(h, cos, sin)
+            o, now = linear_attention(
+                q.flatten(-2),
+                k.flatten(-2),
+                layer.retention.v_proj(h),
+                before,
+                decay,
+                c.heads,
+                c.heads,
+                c.key_size**-0.5,
+                "gated",
+            )
+            after.append(now)
+            x = x + layer.retention.finish(h, o.unflatten(-1, (c.heads, -1)))
+            x = x + layer.ffn(layer.ffn_norm(x))
+        return self.head(self.norm(x)), *after, position + length
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[T,1,K/2]`` of ``position * theta`` for int64 positions ``[T]`` below 2^33."""
+        phase = (positions[:, None, None] * self.turns) % _TURN
+        angle = phase.to(self.decay.dtype) * (2 * math.pi / _TURN)
+        return angle.cos(), angle.sin()
+
+
+class RetNetTrain(RetNet):
+    """The training form: ``forward(tokens [B,T]) -> logits [B,T,V]``, differentiable.
+
+    Chunkwise retention (paper, equation 7): inside a chunk of C tokens the parallel form
+    ``(Q K^T * D) V`` with ``D[n,m] = gamma^(n-m)`` for n >= m (equation 5), between chunks the
+    recurrence, so the cost is linear in T. Same parameters as the chunk form.
+    """
+
+    chunk = 128
+
+    def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:  # type: ignore[override]
+        c = self.config
+        cos, sin = self.angles(torch.arange(tokens.shape[1], device=tokens.device))
+        tables = self._decays(min(self.chunk, tokens.shape[1]))
+        x = self.embed(tokens)
+        for layer in self.layers:
+            h = layer.retention_norm(x)
+            q, k = (y.transpose(1, 2) for y in layer.retention.rotated(h, cos, sin))
+            v = layer.retention.v_proj(h).unflatten(-1, (c.heads, -1)).transpose(1, 2)
+            x = x + layer.retention.finish(h, self._retain(q, k, v, tables).transpose(1, 2))
+            x = x + layer.ffn(layer.ffn_norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def _decays(self, size: int) -> tuple[Tensor, Tensor]:
+        """The mask ``D * K^-1/2 [H,C,C]`` of a chunk, and ``gamma^n [H,C+1,1]``."""
+        n = torch.arange(size + 1, dtype=self.decay.dtype, device=self.decay.device)
+        log = self.decay[:, None, None]
+        lag = (n[:size, None] - n[:size]).clamp(min=0)
+        return (log * lag).exp().tril() * self.config.key_size**-0.5, (log * n[:, None]).exp()
+
+    def _retain(self, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Retention of ``q, k [B,H,T,K]`` and ``v [B,H,T,V]`` from an empty state."""
+        mask, power = tables
+        outs: list[Tensor] = []
+        now: Tensor | None = None
+        for qc, kc, vc in zip(*(y.split(mask.shape[1], 2) for y in (q, k, v)), strict=True):
+            size = qc.shape[2]
+            out = ((qc @ kc.transpose(2, 3)) * mask[:, :size, :size]) @ vc
+            faded = (kc * power[:, :size].flip(1)).transpose(2, 3) @ vc
+            if now is not None:
+                out = out + (qc * (power[:, 1 : size + 1] * self.config.key_size**-0.5)) @ now
+                faded = faded + now * power[:, size, None]
+            now = faded
+            outs.append(out)
+        return torch.cat(outs, 2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (2i, 2i+1) of the last axis."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def _tables(config: RetNetConfig) -> dict[str, Tensor]:
+    """The constant buffers, always on the CPU: ``decay`` float32 [H], ``turns`` int64 [K/2].
+
+    theta_i = 10000^(-i/(K/2-1)), torchscale's choice.
+    """
+    pairs = config.key_size // 2
+    theta = [10000.0 ** -(i / max(pairs - 1, 1)) for i in range(pairs)]
+    gamma = [math.log1p(-(2.0 ** (-5 - h))) for h in range(config.heads)]
+    turns = [round(t / (2 * math.pi) * _TURN) for t in theta]
+    return {
+        "decay": torch.tensor(gamma, dtype=torch.float32, device="cpu"),
+        "turns": torch.tensor(turns, dtype=torch.int64, device="cpu"),
+    }
+
+
+def _init(module: nn.Module, seed: int) -> None:
+    """Fill a RetNet (either form) with weights to train from.
+
+    Projections that read the residual stream have the variance 1/fan_in; those that write to it are
+    smaller by sqrt(2 * layers), so that the stream's variance does not grow with depth. The head
+    starts small: the first logits are nearly flat.
+    """
+    assert isinstance(module, RetNet)
+    rng = torch.Generator().manual_seed(seed)
+    depth = (2 * module.config.layers) ** -0.5
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.ndim < 2:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = p.shape[1] ** -0.5
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                std *= depth
+            elif name == "embed.weight":
+                std = 0.5
+            elif name == "head.weight":
+                std *= 0.25
+            p.copy_(torch.randn(p.shape, generator=rng) * std)
+        for name, table in _tables(module.config).items():
+            module.get_buffer(name).copy_(table)
+
+
+def _from_training(config: RetNetConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two forms have the same parameters; the constant tables are made anew."""
+    return {**{k: v.detach() for k, v in tensors.items()}, **_tables(config)}
+
+
+def _recognise(raw: RawCheckpoint) -> str | None:
+    if raw.metadata.get("xexport.family") == "retnet":
+        return "its metadata says it is a RetNet that xexport trained"
+    return None
+
+
+def _load(raw: RawCheckpoint) -> LoadedModel:
+    config = own_config(raw, "retnet", RetNetConfig)
+    if config is None:
+        raise CheckpointError(
+            "this is not a RetNet checkpoint that can be read",
+            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
+            allowed="a safetensors file from xexport's own training",
+        )
+    with torch.device("meta"):
+        wanted = {k: v.shape for k, v in RetNet(config).state_dict().items()}
+    require_keys(raw, tuple(k for k in wanted if k not in ("decay", "turns")), "retnet")
+    tensors = _from_training(config, {k: v for k, v in raw.tensors.items() if k in wanted})
+    for key, shape in wanted.items():
+        if tensors[key].shape != shape:
+            raise CheckpointError(
+                f"tensor {key!r} has a wrong shape", got=tuple(tensors[key].shape), allowed=tuple(shape)
+            )
+    return LoadedModel("retnet", config, tensors, source=str(raw.path))
+
+
+def _sized(layers: int, width: int, heads: int) -> RetNetConfig:
+    """A row of the paper's table 2; vocabulary as in its experiments."""
+    return RetNetConfig(vocab_size=100288, width=width, layers=layers, heads=heads, ffn=2 * width)
+
+
+FAMILY = Family(
+    name="retnet",
+    title="RetNet: multi-scale retention (arXiv 2307.08621)",
+    sources=("https://arxiv.org/abs/2307.08621", "https://github.com/microsoft/torchscale"),
+    config=RetNetConfig,
+    presets={
+        "tiny": RetNetConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48),
+        "zoo": RetNetConfig(),
+        "1.3b": _sized(24, 2048, 8),
+        "2.7b": _sized(32, 2560, 10),
+        "6.7b": _sized(32, 4096, 16),
+    },
+    build=RetNet,
+    load=_load,
+    recognise=_recognise,
+    train_form=RetNetTrain,
+    from_training=_from_training,
+    init=_init,
+    roles=(
+        ("embed.*", "embedding"),
+        ("head.*", "head"),
+        ("decay", "decay"),
+        ("turns", "other"),
+        ("*norm.*", "norm"),
+        ("*_proj.weight", "projection"),
+        ("*.ffn.*", "projection"),
+    ),
+    state_note="one matrix a head and layer, and the position: constant in the length of the stream",
+)
