@@ -1,0 +1,72 @@
+"""Attaching function bodies: every custom node gets its operator's body in standard ONNX.
+
+The body makes the file portable; a runtime with a kernel of that name ignores it. Bodies are
+authored at the model's own opset and attached after every other pass, so nothing inlines them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from xexport.core.errors import ExportError, unknown_name
+from xexport.core.manifest import Lowering
+from xexport.core.op import OpSpec
+from xexport.core.registry import get_op, op_names
+
+__all__ = ["attach_functions"]
+
+
+def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[str, str]) -> list[Lowering]:
+    """Give every custom node in the model its body, and say which and why.
+
+    Args:
+        variants: operator name -> body variant; operators not listed use their default body.
+        why: operator name -> reason for that choice, else the body's own.
+
+    Raises:
+        UnknownNameError: a target names a variant that the operator does not have.
+        ExportError: the graph uses an operator that nobody defined.
+    """
+    specs = {(s.domain, s.graph_name): s for s in map(get_op, op_names())}
+    counts = Counter(
+        (n.domain, n.op_type) for n in ir.traversal.RecursiveGraphIterator(model.graph) if n.domain
+    )
+    lowerings: list[Lowering] = []
+    pending = [key for key in counts if key in specs]
+    for domain, op_type in counts:
+        if domain == "xexport" and (domain, op_type) not in specs:
+            raise ExportError(f"the graph uses an unknown operator xexport::{op_type}")
+    done: set[tuple[str, str]] = set()
+    while pending:
+        key = pending.pop()
+        if key in done:
+            continue
+        done.add(key)
+        spec = specs[key]
+        lowerings.append(_attach(model, spec, variants, why, counts[key]))
+        pending += [(get_op(d).domain, get_op(d).graph_name) for d in spec.depends]
+    return sorted(lowerings, key=lambda low: low.op)
+
+
+def _attach(
+    model: ir.Model, spec: OpSpec, variants: Mapping[str, str], why: Mapping[str, str], nodes: int
+) -> Lowering:
+    variant = variants.get(spec.name, next(iter(spec.bodies)))
+    if variant not in spec.bodies:
+        raise unknown_name(f"body of operator {spec.name}", variant, spec.bodies)
+    body = spec.bodies[variant]
+    function = ir.serde.deserialize_function(body.build(model.opset_imports[""]))
+    model.functions[function.identifier()] = function
+    for domain, version in function.opset_imports.items():
+        model.opset_imports.setdefault(domain, version)
+    model.opset_imports.setdefault(spec.domain, 1)
+    return Lowering(
+        op=spec.graph_name,
+        domain=spec.domain,
+        variant=variant,
+        why=why.get(spec.name, body.why),
+        nodes=nodes,
+    )

@@ -1,0 +1,76 @@
+"""Custom torch ops become single ONNX nodes of their own domain.
+
+torch inlines every onnxscript *function* in its translation table, so each entry here returns one
+bare node instead; the function body is attached after the export (functions.py).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import values
+
+from xexport.core.op import OpSpec
+from xexport.core.registry import get_op, op_names
+
+__all__ = ["translation_table"]
+
+_KINDS: dict[str, tuple[type, onnx.defs.OpSchema.AttrType]] = {
+    "int": (int, onnx.defs.OpSchema.AttrType.INT),
+    "float": (float, onnx.defs.OpSchema.AttrType.FLOAT),
+    "string": (str, onnx.defs.OpSchema.AttrType.STRING),
+}
+_TYPES = {
+    "T": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"],
+    "I": ["tensor(int64)"],
+}
+
+
+@cache
+def translation_table() -> dict[Any, Callable[..., Any]]:
+    """torch operator overload -> function that emits its bare node, for every operator folder."""
+    specs = [get_op(name) for name in op_names()]
+    return {getattr(torch.ops.xexport, spec.name).default: _bare_node(spec) for spec in specs}
+
+
+def _bare_node(spec: OpSpec) -> Callable[..., Any]:
+    op = values.Op(values.Opset(spec.domain, 1), spec.graph_name, _schema(spec))
+    names = list(spec.attributes)
+
+    def emit(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs).arguments
+        tensors = [bound[name] for name in spec.inputs]
+        return op(*tensors, **{name: bound[name] for name in names})
+
+    parameter = inspect.Parameter
+    kind = parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature(
+        [parameter(name, kind) for name in spec.inputs]
+        + [parameter(name, kind, annotation=_KINDS[k][0]) for name, k in spec.attributes.items()]
+    )
+    # torch reads the signature and the type hints to tell inputs from attributes
+    emit.__signature__ = signature  # type: ignore[attr-defined]
+    emit.__annotations__ = {name: _KINDS[k][0] for name, k in spec.attributes.items()}
+    emit.__name__ = spec.name
+    return emit
+
+
+def _schema(spec: OpSpec) -> onnx.defs.OpSchema:
+    formal = onnx.defs.OpSchema.FormalParameter
+    kinds = {name: spec.input_types.get(name, "T") for name in spec.inputs}
+    return onnx.defs.OpSchema(
+        spec.graph_name,
+        spec.domain,
+        1,
+        inputs=[formal(name, kinds[name]) for name in spec.inputs],
+        outputs=[formal(name, "T") for name in spec.outputs],
+        type_constraints=[(t, _TYPES[t], "") for t in sorted({"T", *kinds.values()})],
+        attributes=[
+            onnx.defs.OpSchema.Attribute(name, _KINDS[k][1], "") for name, k in spec.attributes.items()
+        ],
+    )

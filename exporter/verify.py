@@ -1,0 +1,188 @@
+"""After every export: ONNX Runtime against PyTorch at several (B,T), and the chunk law in both.
+
+A disagreement is an error that names the layer where the two first part (locate.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xexport.core.errors import ChunkLawError, ParityError
+from xexport.core.state import StateSpec, zero_state
+
+__all__ = ["CHECKED_SHAPES", "Checks", "chunk_error", "onnx_forward", "torch_forward", "verify"]
+
+#: one token, odd lengths, batches, and one length past every block size a body uses
+CHECKED_SHAPES = ((1, 1), (2, 1), (1, 3), (3, 5), (1, 67))
+_CUTS = ((1, 4, 2, 7, 3), (1,) * 17, (9, 8), (16, 1))
+
+Array = np.ndarray[Any, Any]
+Forward = Callable[[Array, Sequence[Array]], tuple[Array, list[Array]]]
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What was verified, as errors relative to the size of the reference (RMS, at least 1e-3).
+
+    Attributes:
+        parity: (B, T) -> largest error of logits and state, ONNX against PyTorch.
+        chunk_error_torch, chunk_error_onnx: largest error of any way of cutting a sequence
+            against feeding it whole.
+    """
+
+    parity: dict[str, float]
+    chunk_error_torch: float
+    chunk_error_onnx: float
+
+
+def verify(
+    module: torch.nn.Module,
+    specs: Sequence[StateSpec],
+    graph: Path,
+    *,
+    vocab_size: int,
+    max_tokens: int | None = None,
+    tolerance: float = 1e-4,
+    chunk_tolerance: float = 1e-4,
+    shapes: Iterable[tuple[int, int]] = CHECKED_SHAPES,
+) -> Checks:
+    """Compare the graph with the module, and every cut of a sequence with the whole.
+
+    Raises:
+        ChunkLawError: the PyTorch module itself breaks the chunk law.
+        ParityError: the graph disagrees with the module, or breaks the chunk law alone.
+    """
+    limit = max_tokens or 1 << 30
+    eager = torch_forward(module)
+    law_torch = chunk_error(eager, specs, vocab_size, limit)
+    if not law_torch.error <= chunk_tolerance:
+        raise ChunkLawError(
+            "the model breaks the chunk law: cutting a sequence changes the result",
+            got=f"{law_torch.what}: error {law_torch.error:.2e} for chunks of {law_torch.cut}",
+            allowed=f"at most {chunk_tolerance:.0e} of the RMS",
+            fix="carry everything that looks back in the state (shifts, convolutions, positions, caches)",
+        )
+    run = onnx_forward(graph)
+    parity: dict[str, float] = {}
+    for batch, length in shapes:
+        if length > limit:
+            continue
+        error, what = _parity(eager, run, specs, batch, length, vocab_size)
+        parity[f"B={batch},T={length}"] = error
+        if not error <= tolerance:
+            from xexport.exporter.locate import locate
+
+            raise ParityError(
+                f"ONNX Runtime and PyTorch disagree at B={batch}, T={length}",
+                got=f"{what}: error {error:.2e}; {locate(module, specs, graph, batch, length, vocab_size)}",
+                allowed=f"at most {tolerance:.0e} of the RMS",
+                fix="this is a fault of the exporter or of an operator's body: please report it",
+            )
+    law_onnx = chunk_error(run, specs, vocab_size, limit)
+    if not law_onnx.error <= chunk_tolerance:
+        raise ParityError(
+            "the exported graph breaks the chunk law although the module keeps it",
+            got=f"{law_onnx.what}: error {law_onnx.error:.2e} for chunks of {law_onnx.cut}",
+            allowed=f"at most {chunk_tolerance:.0e} of the RMS",
+        )
+    return Checks(parity, law_torch.error, law_onnx.error)
+
+
+def torch_forward(module: torch.nn.Module) -> Forward:
+    """The module as a function of numpy arrays."""
+
+    def forward(tokens: Array, state: Sequence[Array]) -> tuple[Array, list[Array]]:
+        with torch.inference_mode():
+            logits, *new = module(torch.from_numpy(tokens), *map(torch.from_numpy, state))
+        return logits.float().numpy(), [s.numpy() for s in new]
+
+    return forward
+
+
+def onnx_forward(graph: Path) -> Forward:
+    """The graph in ONNX Runtime as a function of numpy arrays.
+
+    Weights stay memory-mapped (no prepacking), so a large model is checked without a copy of it.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if graph.parent.joinpath("model.onnx.data").stat().st_size > 1 << 30:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    names = [i.name for i in session.get_inputs()]
+
+    def forward(tokens: Array, state: Sequence[Array]) -> tuple[Array, list[Array]]:
+        logits, *new = session.run(None, dict(zip(names, [tokens, *state], strict=True)))
+        return np.asarray(logits, np.float32), list(new)
+
+    return forward
+
+
+@dataclass(frozen=True)
+class _Worst:
+    error: float
+    what: str
+    cut: str
+
+
+def chunk_error(forward: Forward, specs: Sequence[StateSpec], vocab_size: int, limit: int) -> _Worst:
+    """The worst error of several cuts of one sequence against feeding it whole, from a used state."""
+    rng = np.random.default_rng(7)
+    length = min(17, limit // 2)
+    warm = rng.integers(0, vocab_size, (2, min(5, limit - length)), dtype=np.int64)
+    tokens = rng.integers(0, vocab_size, (2, length), dtype=np.int64)
+    _, start = forward(warm, zero_state(specs, 2))
+    whole, final = forward(tokens, start)
+    worst = _Worst(0.0, "", "")
+    for cut in _CUTS:
+        logits, state, at = [], start, 0
+        for size in cut:
+            if at + size > length:
+                break
+            part, state = forward(tokens[:, at : at + size], state)
+            logits.append(part)
+            at += size
+        if at < length:
+            part, state = forward(tokens[:, at:], state)
+            logits.append(part)
+        error, what = _largest(specs, whole, final, np.concatenate(logits, 1), state)
+        if not error <= worst.error:
+            worst = _Worst(error, what, "+".join(map(str, cut)))
+    return worst
+
+
+def _parity(
+    reference: Forward, candidate: Forward, specs: Sequence[StateSpec], batch: int, length: int, vocab: int
+) -> tuple[float, str]:
+    rng = np.random.default_rng(batch * 1000 + length)
+    warm = rng.integers(0, vocab, (batch, 2), dtype=np.int64)
+    tokens = rng.integers(0, vocab, (batch, length), dtype=np.int64)
+    _, start = reference(warm, zero_state(specs, batch))
+    return _largest(specs, *reference(tokens, start), *candidate(tokens, start))
+
+
+def _largest(
+    specs: Sequence[StateSpec], want: Array, want_state: list[Array], got: Array, got_state: list[Array]
+) -> tuple[float, str]:
+    """The largest error of logits or a state tensor, relative to its RMS; NaN counts as infinite."""
+    pairs = [("logits", want, got)]
+    pairs += [(f"state {s.name}", a, b) for s, a, b in zip(specs, want_state, got_state, strict=True)]
+    worst, name = 0.0, "logits"
+    for what, a, b in pairs:
+        if a.shape != b.shape:
+            return float("inf"), f"{what} has shape {list(b.shape)} instead of {list(a.shape)}"
+        scale = max(float(np.sqrt(np.mean(np.square(a, dtype=np.float64)))), 1e-3)
+        error = float(np.abs(a.astype(np.float64) - b).max()) / scale if a.size else 0.0
+        if not np.isfinite(error):
+            return float("inf"), f"{what} is not finite"
+        if error > worst:
+            worst, name = error, what
+    return worst, name

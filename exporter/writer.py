@@ -1,0 +1,115 @@
+"""Writing a graph and its weights: one tensor in memory at a time, hashed on the way to the disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from xexport.core.errors import OutputError
+from xexport.core.manifest import FileEntry
+from xexport.core.progress import Progress, Silent
+
+__all__ = ["DATA_NAME", "GRAPH_NAME", "file_entry", "write_model"]
+
+GRAPH_NAME = "model.onnx"
+DATA_NAME = "model.onnx.data"
+_ALIGN = 64  # bytes: one cache line, and what SIMD loads want
+_INLINE = 1024  # bytes: smaller tensors stay in the .onnx, where they are easy to read
+_BLOCK = 1 << 24
+
+
+def write_model(model: ir.Model, folder: Path, progress: Progress | None = None) -> list[FileEntry]:
+    """Write ``model.onnx`` and ``model.onnx.data`` into an existing folder.
+
+    Afterwards every large initializer of ``model`` is an external tensor that points at the
+    written file, so the model holds no weights in memory.
+
+    Raises:
+        OutputError: the disk is full or the folder can't be written.
+    """
+    progress = progress or Silent()
+    values = [v for v in model.graph.initializers.values() if _is_large(v)]
+    progress.stage("write weights", total=len(values))
+    try:
+        entries = [_write_data(values, folder, progress)] if values else []
+        path = folder / GRAPH_NAME
+        ir.save(model, path)
+    except OSError as error:
+        raise disk_error(error, folder) from error
+    return [file_entry(path), *entries]
+
+
+def disk_error(error: OSError, where: Path) -> OutputError:
+    """An OSError as a sentence."""
+    if error.errno == errno.ENOSPC:
+        return OutputError("the disk is full", got=where, fix="free some space, or name another --out")
+    return OutputError(
+        "can't write here", got=f"{where}: {error.strerror or error}", fix="name another --out"
+    )
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Name, size and sha256 of a written file."""
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return FileEntry(path=path.name, sha256=digest, bytes=path.stat().st_size)
+
+
+def _is_large(value: ir.Value) -> bool:
+    tensor = value.const_value
+    return tensor is not None and tensor.nbytes >= _INLINE
+
+
+def _write_data(values: list[ir.Value], folder: Path, progress: Progress) -> FileEntry:
+    digest = hashlib.sha256()
+    path = folder / DATA_NAME
+    offset = 0
+    external: list[tuple[ir.Value, ir.ExternalTensor]] = []
+    with path.open("wb") as out:
+        for value in values:
+            tensor = value.const_value
+            assert tensor is not None
+            offset += _put(out, digest, b"\0" * (-offset % _ALIGN))
+            start = offset
+            for block in _blocks(tensor):
+                offset += _put(out, digest, block)
+            external.append((value, _pointer(tensor, start, offset - start, folder)))
+            progress.advance()
+    # only now: a lazy tensor may read another initializer that is written later
+    for value, pointer in external:
+        value.const_value = pointer
+    return FileEntry(path=DATA_NAME, sha256=digest.hexdigest(), bytes=offset)
+
+
+def _blocks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
+    array: np.ndarray[Any, Any] = np.ascontiguousarray(tensor.numpy())
+    if tensor.dtype.bitwidth < 8:
+        yield memoryview(tensor.tobytes())
+        return
+    flat = array.reshape(-1).view(np.uint8).data
+    for start in range(0, len(flat), _BLOCK):
+        yield flat[start : start + _BLOCK]
+
+
+def _put(out: BinaryIO, digest: Any, data: bytes | memoryview) -> int:
+    out.write(data)
+    digest.update(data)
+    return len(data)
+
+
+def _pointer(tensor: ir.TensorProtocol, offset: int, length: int, folder: Path) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        DATA_NAME,
+        offset,
+        length,
+        tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name or "",
+        base_dir=folder,
+    )
