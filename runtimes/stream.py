@@ -1,0 +1,186 @@
+"""A stream: tokens in, logits out, the state stays inside.
+
+The chunk law makes every way of feeding the same text equal: at once, in chunks, token by token.
+A stream is fed by one thread at a time; many streams may share the weights of one bundle.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xexport.core.errors import InputError, RuntimeFailure
+from xexport.core.state import StateSpec, state_shape, zero_state
+from xexport.runtimes.inputs import check_limit, check_tokens
+from xexport.runtimes.saved import SavedState
+
+if TYPE_CHECKING:
+    from xexport.runtimes.engine import Cell
+    from xexport.runtimes.generate import Generation
+    from xexport.runtimes.tokenizers import Tokenizer
+
+__all__ = ["SavedState", "Stream"]
+
+
+class Stream:
+    """A causal model with its state, as the protocol ``core.runner.Runner`` asks.
+
+    Made by :meth:`Bundle.stream`; the arguments are for runtimes.
+
+    Args:
+        cell: holds and moves the state.
+        specs: the state tensors.
+        vocab_size: V.
+        batch: B parallel sequences, all of the same length.
+        max_tokens: the longest stream the state can hold, or None.
+        fingerprint: names the graph and weights; a state of another fingerprint is refused.
+        tokenizer: for :meth:`generate`.
+
+    Attributes:
+        vocab_size, batch, max_tokens: as above.
+        position: tokens fed since the last reset.
+        tokenizer: as above.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        specs: Sequence[StateSpec],
+        *,
+        vocab_size: int,
+        batch: int,
+        max_tokens: int | None,
+        fingerprint: str,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.batch = batch
+        self.max_tokens = max_tokens
+        self.position = 0
+        self.tokenizer = tokenizer
+        self._cell = cell
+        self._specs = tuple(specs)
+        self._fingerprint = fingerprint
+        self._busy = threading.Lock()
+        self.reset()
+
+    def feed(self, tokens: Sequence[int] | Any) -> npt.NDArray[np.float32]:
+        """Feed tokens and return the logits after each of them.
+
+        Args:
+            tokens: ids ``[B,T]``, or ``[T]`` when B is 1; lists or integer arrays.
+
+        Returns:
+            float32 ``[B,T,V]``, the caller's own.
+
+        Raises:
+            InputError: no tokens, a wrong shape or type, an id out of range.
+            LimitError: beyond ``max_tokens``; the state is as before.
+            RuntimeFailure: the runtime failed (the state is as before), or another thread is
+                feeding this stream.
+        """
+        ids = check_tokens(tokens, self.batch, self.vocab_size)
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeFailure("another thread is feeding this stream", fix="open one stream per thread")
+        try:
+            count = ids.shape[1]
+            if self.max_tokens is not None:
+                check_limit(self.position, count, self.max_tokens)
+            logits: npt.NDArray[np.float32] = self._cell.run(ids)
+            self.position += count
+            return logits
+        finally:
+            self._busy.release()
+
+    def reset(self) -> None:
+        """Back to the state before the first token."""
+        first = zero_state(self._specs, self.batch)
+        self._cell.write({spec.name: tensor for spec, tensor in zip(self._specs, first, strict=True)})
+        self.position = 0
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """A copy of every state tensor by name."""
+        return self._cell.read()
+
+    def save(self) -> SavedState:
+        """A copy of the state and position; see :class:`SavedState` for keeping it in a file."""
+        return SavedState(self._fingerprint, self.batch, self.position, self._cell.read())
+
+    def restore(self, saved: SavedState) -> None:
+        """Continue from a saved state, as often as you like.
+
+        Raises:
+            InputError: it is of another model, batch size or layout; the stream is as before.
+        """
+        self._check_fits(saved)
+        self._cell.write(saved.tensors)
+        self.position = saved.position
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: str | int | Sequence[str | int] | None = None,
+    ) -> Generation:
+        """Feed a prompt, then sample: an iterator over pieces of text, each valid Unicode.
+
+        The stream goes on from where it is (call :meth:`reset` for a fresh text), and afterwards
+        holds the prompt and every generated token. A bundle without a tokenizer yields ids as text.
+
+        Args:
+            prompt: text, or ids.
+            max_tokens: how many tokens to generate at most.
+            temperature: 0 is greedy.
+            top_p: nucleus sampling; 1 is off.
+            top_k: 0 is off.
+            seed: the same seed gives the same text.
+            stop: end before any of these strings, or at any of these ids.
+
+        Raises:
+            InputError: batch is not 1, an empty prompt, an argument out of range.
+            LimitError: while iterating, at ``max_tokens`` of the model.
+        """
+        from xexport.runtimes.generate import Generation
+        from xexport.runtimes.sampling import Sampler
+
+        return Generation(
+            self,
+            self.tokenizer,
+            prompt,
+            max_tokens=max_tokens,
+            sampler=Sampler(temperature, top_p, top_k),
+            seed=seed,
+            stop=stop,
+        )
+
+    def _check_fits(self, saved: SavedState) -> None:
+        if not isinstance(saved, SavedState):
+            raise InputError("not a saved state", got=type(saved).__name__, allowed="what save() returned")
+        if saved.fingerprint != self._fingerprint:
+            raise InputError(
+                "this state was saved from another model",
+                got=saved.fingerprint[:16],
+                allowed=self._fingerprint[:16],
+                fix="restore it into a stream of the bundle it came from",
+            )
+        if saved.batch != self.batch:
+            raise InputError("this state has another batch size", got=saved.batch, allowed=self.batch)
+        top = self.max_tokens
+        if saved.position < 0 or (top is not None and saved.position > top):
+            raise InputError(
+                "this state has an impossible position", got=saved.position, allowed=f"0 .. {top}"
+            )
+        for spec in self._specs:
+            tensor = saved.tensors.get(spec.name)
+            wanted = (state_shape(spec, self.batch), spec.dtype)
+            found = None if tensor is None else (tensor.shape, tensor.dtype.name)
+            if found != wanted:
+                raise InputError(f"state {spec.name!r} doesn't fit", got=found, allowed=wanted)

@@ -1,0 +1,97 @@
+"""The PyTorch module itself as a stream: the reference that bundles are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from xexport.core.errors import RuntimeFailure
+from xexport.core.extras import require
+from xexport.core.state import check_state_specs
+from xexport.runtimes.inputs import Ids
+from xexport.runtimes.stream import Stream
+from xexport.runtimes.tokenizers import NoTokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from xexport.core.family import ChunkModule
+
+__all__ = ["TorchCell", "TorchStream"]
+
+
+class TorchStream(Stream):
+    """An nn.Module in the chunk form, fed and saved as a bundle's stream is.
+
+    The module is put in eval mode and runs eagerly under ``torch.inference_mode``.
+
+    Args:
+        module: ``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)`` with
+            ``state_spec()``; ``vocab_size`` and ``max_tokens`` are read if it has them.
+        batch: B.
+        name: for messages and reports.
+        tokenizer: for :meth:`generate`.
+
+    Raises:
+        RuntimeFailure: the module's outputs aren't logits and one tensor a state.
+    """
+
+    def __init__(
+        self, module: ChunkModule, batch: int = 1, name: str = "torch", *, tokenizer: Tokenizer | None = None
+    ) -> None:
+        require("torch", extra="export", why="to run a PyTorch module")
+        specs = tuple(module.state_spec())
+        check_state_specs(specs)
+        cell = TorchCell(module, tuple(s.name for s in specs))
+        vocab = getattr(module, "vocab_size", None)
+        super().__init__(
+            cell,
+            specs,
+            vocab_size=int(vocab or 1),
+            batch=batch,
+            max_tokens=getattr(module, "max_tokens", None),
+            fingerprint=f"{name}:{id(module)}",
+            tokenizer=tokenizer or NoTokenizer(),
+        )
+        self.name = name
+        self._module = module  # kept alive: the fingerprint is its identity
+        if vocab is None:
+            self.vocab_size = int(self.feed(np.zeros((batch, 1), np.int64)).shape[-1])
+            self.reset()
+
+
+class TorchCell:
+    """State tensors of a module, moved on by each call."""
+
+    def __init__(self, module: Any, names: tuple[str, ...]) -> None:
+        self._module = module.eval()
+        self._names = names
+        self._state: tuple[Any, ...] = ()
+
+    def run(self, ids: Ids) -> npt.NDArray[np.float32]:
+        """Run ``ids [B,T]``."""
+        import torch
+
+        with torch.inference_mode():
+            outputs = self._module(torch.from_numpy(ids), *self._state)
+            if not isinstance(outputs, tuple | list) or len(outputs) != 1 + len(self._names):
+                count = len(outputs) if isinstance(outputs, tuple | list) else type(outputs).__name__
+                raise RuntimeFailure(
+                    "the module isn't in the chunk form",
+                    got=f"{count} outputs",
+                    allowed=f"logits and {len(self._names)} state tensors",
+                )
+            logits: npt.NDArray[np.float32] = outputs[0].float().numpy().copy()
+        self._state = tuple(outputs[1:])
+        return logits
+
+    def read(self) -> dict[str, npt.NDArray[Any]]:
+        """A copy of the state."""
+        return {n: t.numpy().copy() for n, t in zip(self._names, self._state, strict=True)}
+
+    def write(self, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Overwrite the state."""
+        import torch
+
+        self._state = tuple(torch.from_numpy(tensors[n].copy()) for n in self._names)
