@@ -1,0 +1,100 @@
+"""Fidelity: what a candidate's logits lost against a reference's, on real text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from xexport.core.progress import Progress, Silent
+from xexport.core.records import Fidelity, Setup
+from xexport.core.runner import Runner
+from xexport.evaluate.metrics import TokenMetrics
+from xexport.evaluate.streaming import check_tokens, stream_compared, warn_not_finite
+
+__all__ = ["compare"]
+
+
+def compare(
+    reference: Runner,
+    candidates: Mapping[str, Runner],
+    tokens: Sequence[int] | Any,
+    *,
+    setup: Setup,
+    chunk: int = 256,
+    text_bytes: int | None = None,
+    reference_name: str = "torch",
+    progress: Progress | None = None,
+) -> dict[str, Fidelity]:
+    """Stream one text through the reference once and through every candidate.
+
+    Args:
+        tokens: ``[n]`` token ids; n - 1 of them are fed and each next token is scored.
+        setup: the row's configuration; ``runner`` is replaced by the candidate's name.
+        chunk: tokens per call, the state carried between calls.
+        text_bytes: bytes that ``tokens[1:]`` decode to; None: one byte a token.
+
+    Returns:
+        Candidate name -> its row.
+
+    Raises:
+        InputError: tokens that a runner can't take.
+    """
+    progress = progress or Silent()
+    array, note = check_tokens({reference_name: reference, **candidates}, tokens)
+    scored = len(array) - 1
+    whole = len(np.asarray(tokens).reshape(-1)) - 1
+    stops = [*range(chunk, scored, chunk), scored]
+    progress.stage(f"fidelity on {scored} tokens", len(stops))
+    parts: dict[str, list[TokenMetrics]] = {name: [] for name in candidates}
+    for compared in stream_compared(reference, candidates, array, stops):
+        for name, metrics in compared.metrics.items():
+            parts[name].append(metrics)
+        progress.advance()
+    # A text cut short at the model's limit keeps its ratio of bytes to tokens.
+    size = scored if text_bytes is None else max(1, round(text_bytes * scored / whole))
+    return {
+        name: _record(
+            TokenMetrics.join(parts[name]),
+            msgspec.structs.replace(setup, runner=name),
+            reference_name,
+            chunk,
+            reference.vocab_size,
+            size,
+            note,
+        )
+        for name in candidates
+    }
+
+
+def _record(
+    m: TokenMetrics, setup: Setup, reference: str, chunk: int, vocab_size: int, text_bytes: int, note: str
+) -> Fidelity:
+    bad = int((~m.finite).sum())
+    notes = [note] if note else []
+    if bad:
+        notes.append(warn_not_finite(setup.runner, bad, len(m.finite)))
+    return Fidelity(
+        setup=setup,
+        reference=reference,
+        chunk=chunk,
+        vocab_size=vocab_size,
+        text_bytes=text_bytes,
+        kl=_row(m.kl),
+        nll_reference=_row(m.nll_reference),
+        nll_candidate=_row(m.nll_candidate),
+        same_top1=tuple(int(v) for v in m.same_top1),
+        error_max=_row(m.error_max),
+        error_ms=_row(m.error_ms),
+        reference_ms=_row(m.reference_ms),
+        non_finite=bad,
+        warnings=tuple(notes),
+    )
+
+
+def _row(values: NDArray[np.float64]) -> tuple[float | None, ...]:
+    """Six significant digits a number: a tenth of a per mille of any figure, half the file."""
+    return tuple(None if np.isnan(v) else float(f"{v:.6g}") for v in values)

@@ -1,0 +1,214 @@
+"""Latency: single steps, prefill, loading, and steps far along a stream; raw nanoseconds."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xexport.core.errors import InputError
+from xexport.core.progress import Progress, Silent
+from xexport.core.records import AtPosition, Latency, PairedLatency, Prefill, Setup
+from xexport.core.runner import Runner
+
+__all__ = ["measure_latency", "paired_latency"]
+
+
+def measure_latency(
+    runner: Runner,
+    tokens: Sequence[int] | Any,
+    *,
+    setup: Setup,
+    warmup: int = 20,
+    steps: int = 200,
+    prefill: Sequence[int] = (128, 512),
+    repeats: int = 5,
+    positions: Sequence[int] = (),
+    samples: int = 20,
+    open_runner: Callable[[], Runner] | None = None,
+    loads: int = 3,
+    prompt: int = 32,
+    progress: Progress | None = None,
+) -> Latency:
+    """Time one runner.
+
+    Args:
+        tokens: ``[n]`` ids to feed; they are repeated where more are needed.
+        warmup, steps: single-token calls thrown away, and kept.
+        prefill, repeats: lengths of whole-prompt calls on an empty state, and calls each (after one
+            thrown away). A length over the model's limit is left out.
+        positions, samples: places in the stream where ``samples`` more steps are timed; the way
+            there is fed in chunks, so a growing cache is as large as it would be.
+        open_runner: opens a fresh session; timed ``loads`` times, with its first call, which feeds
+            ``prompt`` tokens. None: neither is measured.
+
+    Returns:
+        The row, with raw samples. The runner is left reset.
+
+    Raises:
+        InputError: no tokens, or a stream limit too short for the steps asked for.
+    """
+    progress = progress or Silent()
+    source = _Source(tokens, runner.batch)
+    limit = runner.max_tokens
+    if limit is not None and warmup + steps > limit:
+        warmup = min(warmup, limit // 4)
+        steps = limit - warmup
+    lengths = [n for n in prefill if limit is None or n <= limit]
+    places = [p for p in positions if limit is None or p + samples <= limit]
+    progress.stage("latency", 1 + len(lengths) + len(places) + (loads if open_runner else 0))
+
+    runner.reset()
+    with _quiet():
+        _time_steps(runner, source, warmup)
+        step_ns = _time_steps(runner, source, steps)
+    progress.advance()
+    calls = []
+    for length in lengths:
+        calls.append(Prefill(length, _time_prefill(runner, source, length, repeats)))
+        progress.advance()
+    runner.reset()
+    far = []
+    for place in sorted(places):
+        _walk_to(runner, source, place)
+        with _quiet():
+            _time_steps(runner, source, 1)
+            far.append(AtPosition(place, _time_steps(runner, source, samples - 1)))
+        progress.advance()
+    runner.reset()
+    prompt = min(prompt, limit or prompt)
+    load_ns, first_ns = _time_loads(open_runner, source, loads, prompt, progress) if open_runner else ((), ())
+    return Latency(
+        setup=setup,
+        batch=runner.batch,
+        warmup=warmup,
+        step_ns=step_ns,
+        prefill=tuple(calls),
+        load_ns=load_ns,
+        prompt=prompt if open_runner else 0,
+        first_token_ns=first_ns,
+        positions=tuple(far),
+    )
+
+
+def paired_latency(
+    runner: Runner,
+    other: Runner,
+    tokens: Sequence[int] | Any,
+    *,
+    setup: Setup,
+    other_name: str,
+    rounds: int = 20,
+    steps: int = 10,
+    warmup: int = 5,
+    progress: Progress | None = None,
+) -> PairedLatency:
+    """Time single steps of two runners in alternate rounds; who goes first alternates too.
+
+    Whatever slows the machine for a moment then slows both, which two separate runs would count
+    as a difference between them.
+
+    Raises:
+        InputError: no tokens.
+    """
+    progress = progress or Silent()
+    progress.stage(f"{setup.runner} against {other_name}", rounds)
+    source = _Source(tokens, runner.batch)
+    pair = (runner, other)
+    limits = [r.max_tokens for r in pair if r.max_tokens is not None]
+    if limits:
+        rounds = max(1, min(rounds, (min(limits) - warmup) // steps))
+    kept: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] = ([], [])
+    with _quiet():
+        for each in pair:
+            each.reset()
+            _time_steps(each, source, warmup)
+        for number in range(rounds):
+            for index in ((0, 1), (1, 0))[number % 2]:
+                kept[index].append(_time_steps(pair[index], source, steps))
+            progress.advance()
+    for each in pair:
+        each.reset()
+    return PairedLatency(setup=setup, other=other_name, ns=tuple(kept[0]), other_ns=tuple(kept[1]))
+
+
+class _Source:
+    """An endless text as ``[B,T]`` pieces."""
+
+    def __init__(self, tokens: Sequence[int] | Any, batch: int) -> None:
+        self._tokens = np.asarray(tokens, dtype=np.int64).reshape(-1)
+        if not len(self._tokens):
+            raise InputError("no tokens to time with", got=0, allowed="at least 1")
+        self._batch = batch
+        self._at = 0
+
+    def take(self, count: int) -> NDArray[np.int64]:
+        ids = np.take(self._tokens, range(self._at, self._at + count), mode="wrap")
+        self._at = (self._at + count) % len(self._tokens)
+        return np.ascontiguousarray(np.broadcast_to(ids, (self._batch, count)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No garbage collection while timing: its pauses are the harness's, not the model's."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _time_steps(runner: Runner, source: _Source, count: int) -> tuple[int, ...]:
+    pieces = [source.take(1) for _ in range(count)]
+    samples = []
+    for piece in pieces:
+        begin = time.perf_counter_ns()
+        runner.feed(piece)
+        samples.append(time.perf_counter_ns() - begin)
+    return tuple(samples)
+
+
+def _time_prefill(runner: Runner, source: _Source, length: int, repeats: int) -> tuple[int, ...]:
+    samples = []
+    for index in range(repeats + 1):
+        runner.reset()
+        piece = source.take(length)
+        with _quiet():
+            begin = time.perf_counter_ns()
+            runner.feed(piece)
+            took = time.perf_counter_ns() - begin
+        if index:  # the first call of a length allocates
+            samples.append(took)
+    return tuple(samples)
+
+
+def _walk_to(runner: Runner, source: _Source, position: int, chunk: int = 256) -> None:
+    while (left := position - runner.position) > 0:
+        runner.feed(source.take(min(chunk, left)))
+
+
+def _time_loads(
+    open_runner: Callable[[], Runner], source: _Source, loads: int, prompt: int, progress: Progress
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    load_ns, first_ns = [], []
+    for _ in range(loads):
+        with _quiet():
+            begin = time.perf_counter_ns()
+            fresh = open_runner()
+            opened = time.perf_counter_ns()
+            piece = source.take(prompt)
+            fed = time.perf_counter_ns()
+            fresh.feed(piece)
+            first_ns.append(time.perf_counter_ns() - fed)
+        load_ns.append(opened - begin)
+        del fresh
+        progress.advance()
+    return tuple(load_ns), tuple(first_ns)
