@@ -1,0 +1,366 @@
+"""Hyena: gated implicit long convolutions, streamed exactly through a bounded cache of their inputs.
+
+Sources:
+    1. Poli et al., Hyena Hierarchy: Towards Larger Convolutional Language Models, arXiv 2302.10866:
+       section 3.1 (the operator), 3.2 (filters and window), appendix A (sizes).
+    2. HazyResearch/safari, ``hyena.py`` (Apache-2.0): the form that was trained, followed here where
+       it departs from the paper.
+
+Glossary:
+    B batch, T tokens, d width, N order (projections besides v), L = max_tokens, the filters' length.
+
+One block (pre-norm, X the residual stream): Y = Hyena(LN(X)) + X,  X' = MLP(LN(Y)) + Y.
+The operator of order N:
+    x_0, ..., x_{N-1}, v = shortconv(X W_in)             causal, depthwise, three taps, with bias
+    for n = N-1, ..., 1:   z = x_n * v;   v = h_n * z + D_n z        (* with h: causal convolution)
+    out = (x_0 v) W_out
+The paper's recurrence convolves first and then gates, N times; safari (and StripedHyena) gate first,
+N-1 times, as the short convolution already stands for the first. That is what is done here.
+
+The filters are implicit: h_n[t] = window(t) * FFN(features(t)), with sine activations,
+features(t) = [t/(L-1), cos(f w), -sin(f w)], w = 2 pi t / L, bands f = 1e-4 .. bands-1, and
+window(t) = exp(-|delta_c| t/(L-1)) with delta from log(0.01)/1.5 to log(0.01)/0.3 over the channels.
+The training form holds the FFN. The chunk form holds the filters it makes, [d,L] each, computed once in
+float64: nothing of the FFN is left at run time.
+
+Streaming: a long convolution has no finite state, so the state is the inputs so far, at most L of them.
+It is exact at every token up to L and there is no token L+1: a runtime refuses it (LimitError).
+The filters are functions of t/L; train at the full length, or the far end of them is untrained.
+
+State: ``layers.<i>.short`` [B,2,(N+1)d] float32 (the last two projections), ``layers.<i>.cache.<j>``
+[B,d,L] float32 for convolution j = 0 .. N-2, ``position`` [1] int64 (shared by the batch).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
+from xexport.core.errors import CheckpointError, InputError
+from xexport.core.family import Family, LoadedModel
+from xexport.core.state import StateSpec
+from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
+from xexport.ops.fft_conv_cached.reference import fft_conv_cached
+
+__all__ = ["FAMILY", "Hyena", "HyenaConfig", "HyenaTrain"]
+
+
+@dataclass(frozen=True)
+class HyenaConfig:
+    """Sizes of a Hyena.
+
+    Attributes:
+        vocab_size, width, layers: V, d, number of blocks.
+        ffn: inner width of the MLP.
+        max_tokens: L, the filters' length and the longest stream.
+        order: N >= 2.
+        filter_width, filter_inner: width of the filters' FFN, and its layers between first and last.
+        filter_features: width of ``features(t)``, odd: time, and as many cosines as sines.
+        filter_frequency: first value of the sine activations' frequencies.
+        eps: epsilon of the layer norms.
+    """
+
+    vocab_size: int = 256
+    width: int = 160
+    layers: int = 5
+    ffn: int = 320
+    max_tokens: int = 2048
+    order: int = 2
+    filter_width: int = 64
+    filter_inner: int = 2
+    filter_features: int = 33
+    filter_frequency: float = 14.0
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        sizes = (self.vocab_size, self.width, self.layers, self.ffn, self.filter_width)
+        if min(sizes) < 1 or self.max_tokens < 2 or self.filter_inner < 0:
+            raise InputError("a Hyena size is too small", got=self)
+        if self.order < 2:
+            raise InputError("the order of a Hyena is too low", got=self.order, allowed="2 or more")
+        if self.filter_features < 3 or self.filter_features % 2 == 0:
+            raise InputError(
+                "filter_features holds time and pairs", got=self.filter_features, allowed="3, 5, 7 ..."
+            )
+
+
+class _ImplicitFilter(nn.Module):
+    """The FFN that makes the N-1 filters of a layer; see the module's docstring."""
+
+    def __init__(self, c: HyenaConfig) -> None:
+        super().__init__()
+        self.c = c
+        widths = [c.filter_features] + [c.filter_width] * (c.filter_inner + 1)
+        self.ffn = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.last = nn.Linear(c.filter_width, c.width * (c.order - 1), bias=False)
+        self.frequency = nn.Parameter(torch.ones(c.filter_width))
+
+    def forward(self, length: int) -> Tensor:
+        """The first ``length`` points of the filters, ``[N-1,d,length]``."""
+        c = self.c
+        like = {"dtype": self.frequency.dtype, "device": self.frequency.device}
+        step = torch.arange(length, **like)
+        time = (step / (c.max_tokens - 1))[:, None]
+        bands = (c.filter_features - 1) // 2
+        phase = torch.linspace(1e-4, bands - 1, bands, **like) * (2 * math.pi / c.max_tokens * step[:, None])
+        z = torch.cat((time, phase.cos(), -phase.sin()), 1)
+        for linear in self.ffn:
+            z = torch.sin(self.frequency * linear(z))
+        slow, fast = (-math.log(1e-2) / share for share in (1.5, 0.3))
+        channels = c.width * (c.order - 1)
+        window = torch.exp(-time * torch.linspace(slow, fast, channels, **like))
+        return (self.last(z) * window).T.unflatten(0, (c.width, c.order - 1)).transpose(0, 1)
+
+
+class _Mixer(nn.Module):
+    """The operator without its long convolutions, which differ between the two forms."""
+
+    def __init__(self, c: HyenaConfig) -> None:
+        super().__init__()
+        self.c = c
+        inner = (c.order + 1) * c.width
+        self.in_proj = nn.Linear(c.width, inner)
+        self.out_proj = nn.Linear(c.width, c.width)
+        self.short_weight = nn.Parameter(torch.empty(3, inner))
+        self.short_bias = nn.Parameter(torch.zeros(inner))
+        self.skip = nn.Parameter(torch.zeros(c.order - 1, c.width))
+
+    def projected(self, x: Tensor, before: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The N+1 short-convolved projections of ``x [B,T,d]``, and the last two projections."""
+        u = torch.cat((before, self.in_proj(x)), 1)
+        w = self.short_weight
+        z = u[:, :-2] * w[0] + u[:, 1:-1] * w[1] + u[:, 2:] * w[2] + self.short_bias
+        return z.split(self.c.width, -1), u[:, -2:]
+
+
+class _Block(nn.Module):
+    """One block; ``filters`` is the FFN in the training form, the filters in the chunk form."""
+
+    def __init__(self, c: HyenaConfig, filters: nn.Module) -> None:
+        super().__init__()
+        self.mixer_norm = nn.LayerNorm(c.width, c.eps)
+        self.mixer = _Mixer(c)
+        self.filters = filters
+        self.mlp_norm = nn.LayerNorm(c.width, c.eps)
+        self.fc1 = nn.Linear(c.width, c.ffn)
+        self.fc2 = nn.Linear(c.ffn, c.width)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """``x`` with the MLP's output added."""
+        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate="tanh"))
+
+
+class _Stack(nn.Module):
+    """What the two forms share."""
+
+    def __init__(self, config: HyenaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.max_tokens = config.max_tokens
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(_Block(config, self._filters()) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, config.eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def _filters(self) -> nn.Module:
+        raise NotImplementedError
+
+
+class Hyena(_Stack):
+    """The chunk form: ``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)``.
+
+    ``position + T`` must not exceed ``max_tokens``; in PyTorch the convolution raises LimitError, in a
+    graph the result is undefined, so a runtime checks it beforehand.
+    """
+
+    def _filters(self) -> nn.Module:
+        c = self.config
+        return nn.ParameterList(torch.zeros(c.width, c.max_tokens) for _ in range(c.order - 1))
+
+    def state_spec(self) -> list[StateSpec]:
+        """Per layer the short convolution's state and the caches, then the position."""
+        c = self.config
+        specs: list[StateSpec] = []
+        for i in range(c.layers):
+            specs.append(StateSpec(f"layers.{i}.short", ("B", 2, (c.order + 1) * c.width)))
+            caches = [f"layers.{i}.cache.{j}" for j in range(c.order - 1)]
+            specs += [StateSpec(name, ("B", c.width, c.max_tokens)) for name in caches]
+        return [*specs, StateSpec("position", (1,), "int64")]
+
+    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        c = self.config
+        n1, n2 = fft_sizes(c.max_tokens)
+        position, after = state[-1], []
+        x = self.embed(tokens)
+        for i, layer in enumerate(self.layers):
+            short, *caches = state[i * c.order : (i + 1) * c.order]
+            (out, *gates, v), now = layer.mixer.projected(layer.mixer_norm(x), short)
+            after.append(now)
+            for j, gate in enumerate(reversed(gates)):
+                z = gate * v
+                y, cache = fft_conv_cached(z.transpose(1, 2), layer.filters[j], caches[j], position, n1, n2)
+                v = y.transpose(1, 2) + z * layer.mixer.skip[j]
+                after.append(cache)
+            x = layer.mlp(x + layer.mixer.out_proj(out * v))
+        return self.head(self.norm(x)), *after, position + tokens.shape[1]
+
+
+class HyenaTrain(_Stack):
+    """The training form: ``forward(tokens [B,T]) -> logits [B,T,V]`` for T <= max_tokens."""
+
+    def _filters(self) -> nn.Module:
+        return _ImplicitFilter(self.config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        c = self.config
+        if tokens.shape[1] > c.max_tokens:
+            raise InputError(
+                "a sequence is longer than the filters", got=tokens.shape[1], allowed=c.max_tokens
+            )
+        x = self.embed(tokens)
+        empty = x.new_zeros(x.shape[0], 2, (c.order + 1) * c.width)
+        for layer in self.layers:
+            (out, *gates, v), _ = layer.mixer.projected(layer.mixer_norm(x), empty)
+            filters = layer.filters(tokens.shape[1])
+            for j, gate in enumerate(reversed(gates)):
+                z = gate * v
+                v = causal_conv(z.transpose(1, 2), filters[j]).transpose(1, 2) + z * layer.mixer.skip[j]
+            x = layer.mlp(x + layer.mixer.out_proj(out * v))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def _init(module: nn.Module, seed: int) -> None:
+    """Fill a Hyena (either form) with weights to train from.
+
+    The chunk form gets the filters that the training form would have. Projections that read the
+    residual stream have the variance 1/fan_in, those that write to it are smaller by sqrt(2*layers);
+    the short convolutions begin near the identity; the filters' FFN has safari's initialisation, but
+    for a last layer scaled so that a filter's norm is about 1, not its points.
+    """
+    assert isinstance(module, _Stack)
+    if isinstance(module, Hyena):
+        train = HyenaTrain(module.config)
+        _init(train, seed)
+        module.load_state_dict(_from_training(module.config, train.state_dict()))
+        return
+    c = module.config
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(_first_value(c, name, p, rng))
+
+
+def _first_value(c: HyenaConfig, name: str, p: Tensor, rng: torch.Generator) -> Tensor:
+    """The initial value of one parameter of the training form."""
+    noise = torch.randn(p.shape, generator=rng)
+    if name.endswith("frequency"):
+        return torch.full(p.shape, c.filter_frequency)
+    if name.endswith("short_weight"):
+        return noise * 0.2 + torch.tensor([0.0, 0.0, 1.0])[:, None]
+    if name.endswith("skip"):
+        return noise
+    if ".filters." in name:
+        fan_in = p.shape[-1] if p.ndim == 2 else c.filter_width
+        bound = fan_in**-0.5 * (c.max_tokens**-0.5 * 8 if ".last." in name else 1.0)
+        return (torch.rand(p.shape, generator=rng) * 2 - 1) * bound
+    if p.ndim < 2:
+        return torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0)
+    if name == "embed.weight":
+        return noise * 0.5
+    depth = (2 * c.layers) ** -0.5 if name.endswith(("out_proj.weight", "fc2.weight")) else 1.0
+    return noise * (p.shape[1] ** -0.5 * (0.25 if name == "head.weight" else depth))
+
+
+def _from_training(config: HyenaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, with every filter FFN replaced by the filters it makes (in float64)."""
+    result = {k: v.detach() for k, v in tensors.items() if ".filters." not in k}
+    with torch.device("cpu"):
+        ffn = _ImplicitFilter(config).double()
+    for i in range(config.layers):
+        prefix = f"layers.{i}.filters."
+        ffn.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        with torch.no_grad():
+            for j, h in enumerate(ffn(config.max_tokens)):
+                result[f"{prefix}{j}"] = h.float().contiguous()
+    return result
+
+
+def _recognise(raw: RawCheckpoint) -> str | None:
+    if raw.metadata.get("xexport.family") == "hyena":
+        return "its metadata says it is a Hyena that xexport trained"
+    return None
+
+
+def _load(raw: RawCheckpoint) -> LoadedModel:
+    config = own_config(raw, "hyena", HyenaConfig)
+    if config is None:
+        raise CheckpointError(
+            "this is not a Hyena checkpoint that can be read",
+            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
+            allowed="a safetensors file from xexport's own training",
+        )
+    with torch.device("meta"):
+        wanted = {k: v.shape for k, v in HyenaTrain(config).state_dict().items()}
+    require_keys(raw, tuple(wanted), "hyena")
+    for key, shape in wanted.items():
+        if raw.tensors[key].shape != shape:
+            raise CheckpointError(
+                f"tensor {key!r} has a wrong shape", got=tuple(raw.tensors[key].shape), allowed=tuple(shape)
+            )
+    tensors = _from_training(config, {k: raw.tensors[k] for k in wanted})
+    return LoadedModel("hyena", config, tensors, source=str(raw.path))
+
+
+def _sized(layers: int, width: int, ffn: int) -> HyenaConfig:
+    """A size of the paper's appendix A; GPT-2's vocabulary."""
+    return HyenaConfig(vocab_size=50257, width=width, layers=layers, ffn=ffn)
+
+
+FAMILY = Family(
+    name="hyena",
+    title="Hyena: gated implicit long convolutions (arXiv 2302.10866)",
+    sources=("https://arxiv.org/abs/2302.10866", "https://github.com/HazyResearch/safari"),
+    config=HyenaConfig,
+    presets={
+        "tiny": HyenaConfig(
+            vocab_size=29,
+            width=24,
+            layers=2,
+            ffn=40,
+            max_tokens=50,
+            order=3,
+            filter_width=8,
+            filter_features=5,
+        ),
+        "zoo": HyenaConfig(),
+        "125m": _sized(18, 768, 1536),
+        "153m": _sized(18, 864, 1728),
+        "355m": _sized(36, 1024, 2048),
+    },
+    build=Hyena,
+    load=_load,
+    recognise=_recognise,
+    train_form=HyenaTrain,
+    from_training=_from_training,
+    init=_init,
+    roles=(
+        ("embed.*", "embedding"),
+        ("head.*", "head"),
+        ("*norm.*", "norm"),
+        ("*.filters.*", "filter"),
+        ("*.short_*", "conv"),
+        ("*.skip", "filter"),
+        ("*_proj.weight", "projection"),
+        ("*.fc?.weight", "projection"),
+    ),
+    state_note="the inputs of every long convolution, up to max_tokens, and two short-convolution rows",
+)

@@ -1,0 +1,1 @@
+"""Causal long convolution of a whole sequence."""

@@ -1,0 +1,1 @@
+"""Causal long convolution of a chunk, with the inputs so far in a cache."""
