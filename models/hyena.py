@@ -128,15 +128,15 @@ class _Mixer(nn.Module):
         inner = (c.order + 1) * c.width
         self.in_proj = nn.Linear(c.width, inner)
         self.out_proj = nn.Linear(c.width, c.width)
-        self.short_weight = nn.Parameter(torch.empty(3, inner))
-        self.short_bias = nn.Parameter(torch.zeros(inner))
-        self.skip = nn.Parameter(torch.zeros(c.order - 1, c.width))
+        self.conv_weight = nn.Parameter(torch.empty(3, inner))
+        self.conv_bias = nn.Parameter(torch.zeros(inner))
+        self.filter_skip = nn.Parameter(torch.zeros(c.order - 1, c.width))
 
     def projected(self, x: Tensor, before: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """The N+1 short-convolved projections of ``x [B,T,d]``, and the last two projections."""
         u = torch.cat((before, self.in_proj(x)), 1)
-        w = self.short_weight
-        z = u[:, :-2] * w[0] + u[:, 1:-1] * w[1] + u[:, 2:] * w[2] + self.short_bias
+        w = self.conv_weight
+        z = u[:, :-2] * w[0] + u[:, 1:-1] * w[1] + u[:, 2:] * w[2] + self.conv_bias
         return z.split(self.c.width, -1), u[:, -2:]
 
 
@@ -207,7 +207,7 @@ class Hyena(_Stack):
             for j, gate in enumerate(reversed(gates)):
                 z = gate * v
                 y, cache = fft_conv_cached(z.transpose(1, 2), layer.filters[j], caches[j], position, n1, n2)
-                v = y.transpose(1, 2) + z * layer.mixer.skip[j]
+                v = y.transpose(1, 2) + z * layer.mixer.filter_skip[j]
                 after.append(cache)
             x = layer.mlp(x + layer.mixer.out_proj(out * v))
         return self.head(self.norm(x)), *after, position + tokens.shape[1]
@@ -232,7 +232,10 @@ class HyenaTrain(_Stack):
             filters = layer.filters(tokens.shape[1])
             for j, gate in enumerate(reversed(gates)):
                 z = gate * v
-                v = causal_conv(z.transpose(1, 2), filters[j]).transpose(1, 2) + z * layer.mixer.skip[j]
+                v = (
+                    causal_conv(z.transpose(1, 2), filters[j]).transpose(1, 2)
+                    + z * layer.mixer.filter_skip[j]
+                )
             x = layer.mlp(x + layer.mixer.out_proj(out * v))
         logits: Tensor = self.head(self.norm(x))
         return logits
@@ -264,9 +267,9 @@ def _first_value(c: HyenaConfig, name: str, p: Tensor, rng: torch.Generator) -> 
     noise = torch.randn(p.shape, generator=rng)
     if name.endswith("frequency"):
         return torch.full(p.shape, c.filter_frequency)
-    if name.endswith("short_weight"):
+    if name.endswith("conv_weight"):
         return noise * 0.2 + torch.tensor([0.0, 0.0, 1.0])[:, None]
-    if name.endswith("skip"):
+    if name.endswith("filter_skip"):
         return noise
     if ".filters." in name:
         fan_in = p.shape[-1] if p.ndim == 2 else c.filter_width
@@ -357,8 +360,8 @@ FAMILY = Family(
         ("head.*", "head"),
         ("*norm.*", "norm"),
         ("*.filters.*", "filter"),
-        ("*.short_*", "conv"),
-        ("*.skip", "filter"),
+        ("*.conv_*", "conv"),
+        ("*.filter_skip", "filter"),
         ("*_proj.weight", "projection"),
         ("*.fc?.weight", "projection"),
     ),
