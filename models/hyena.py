@@ -145,8 +145,8 @@ class _Block(nn.Module):
 
     def __init__(self, c: HyenaConfig, filters: nn.Module) -> None:
         super().__init__()
-        self.mixer_norm = nn.LayerNorm(c.width, c.eps)
-        self.mixer = _Mixer(c)
+        self.hyena_norm = nn.LayerNorm(c.width, c.eps)
+        self.hyena = _Mixer(c)
         self.filters = filters
         self.mlp_norm = nn.LayerNorm(c.width, c.eps)
         self.fc1 = nn.Linear(c.width, c.ffn)
@@ -202,14 +202,14 @@ class Hyena(_Stack):
         x = self.embed(tokens)
         for i, layer in enumerate(self.layers):
             short, *caches = state[i * c.order : (i + 1) * c.order]
-            (out, *gates, v), now = layer.mixer.projected(layer.mixer_norm(x), short)
+            (out, *gates, v), now = layer.hyena.projected(layer.hyena_norm(x), short)
             after.append(now)
             for j, gate in enumerate(reversed(gates)):
                 z = gate * v
                 y, cache = fft_conv_cached(z.transpose(1, 2), layer.filters[j], caches[j], position, n1, n2)
-                v = y.transpose(1, 2) + z * layer.mixer.filter_skip[j]
+                v = y.transpose(1, 2) + z * layer.hyena.filter_skip[j]
                 after.append(cache)
-            x = layer.mlp(x + layer.mixer.out_proj(out * v))
+            x = layer.mlp(x + layer.hyena.out_proj(out * v))
         return self.head(self.norm(x)), *after, position + tokens.shape[1]
 
 
@@ -228,15 +228,15 @@ class HyenaTrain(_Stack):
         x = self.embed(tokens)
         empty = x.new_zeros(x.shape[0], 2, (c.order + 1) * c.width)
         for layer in self.layers:
-            (out, *gates, v), _ = layer.mixer.projected(layer.mixer_norm(x), empty)
+            (out, *gates, v), _ = layer.hyena.projected(layer.hyena_norm(x), empty)
             filters = layer.filters(tokens.shape[1])
             for j, gate in enumerate(reversed(gates)):
                 z = gate * v
                 v = (
                     causal_conv(z.transpose(1, 2), filters[j]).transpose(1, 2)
-                    + z * layer.mixer.filter_skip[j]
+                    + z * layer.hyena.filter_skip[j]
                 )
-            x = layer.mlp(x + layer.mixer.out_proj(out * v))
+            x = layer.mlp(x + layer.hyena.out_proj(out * v))
         logits: Tensor = self.head(self.norm(x))
         return logits
 
