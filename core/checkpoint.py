@@ -20,7 +20,7 @@ from xexport.core.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RawCheckpoint", "open_checkpoint", "own_config", "require_keys"]
+__all__ = ["RawCheckpoint", "match_tensors", "open_checkpoint", "own_config", "require_keys"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -80,6 +80,41 @@ def require_keys(raw: RawCheckpoint, keys: tuple[str, ...], family: str) -> None
             allowed=f"among others {', '.join(missing[:4])}",
             fix="name the model this file belongs to, or rename its keys to the published layout",
         )
+
+
+def match_tensors(
+    tensors: Mapping[str, torch.Tensor], module: torch.nn.Module, source: str
+) -> dict[str, torch.Tensor]:
+    """The tensors that ``module`` (which may be on the meta device) wants, in its own shapes.
+
+    Leading axes of length 1 may be there or not; tensors the module does not want are left out.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape; names the first and counts the rest.
+    """
+    wanted = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(wanted)} tensors are missing",
+            got=f"{source}, without {', '.join(missing[:4])}",
+            fix="the file is incomplete, or its keys are not in the published layout",
+        )
+    wrong = [n for n, shape in wanted.items() if _core_shape(tuple(tensors[n].shape)) != _core_shape(shape)]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"tensor {name!r} has a wrong shape" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""),
+            got=f"{list(tensors[name].shape)} in {source}",
+            allowed=list(wanted[name]),
+        )
+    return {name: tensors[name].reshape(shape) for name, shape in wanted.items()}
+
+
+def _core_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 def own_config(raw: RawCheckpoint, family: str, config: type[ConfigT]) -> ConfigT | None:

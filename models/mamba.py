@@ -1,0 +1,312 @@
+"""Mamba-1: a selective state-space model; the step size, input and output maps depend on the token.
+
+Sources:
+    [1] A. Gu and T. Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+        arXiv 2312.00752: figure 3 (the block), algorithm 2, section 3.6 (real A, initial dt).
+    [2] github state-spaces/mamba, mamba_simple.py and mixer_seq_simple.py: initial values.
+    [3] Hugging Face transformers, models/mamba: the checkpoint layout read here.
+
+Symbols (B batch, T tokens, d width, D inner width, N state size, K kernel, R rank of dt):
+    x, z       the two halves of in_proj: the path through the scan and its gate   [B,T,D]
+    dt         step size, softplus(dt_proj(...)) > 0                              [B,T,D]
+    A          -exp(A_log), the diagonal of the state matrix                      [D,N]
+    B, C       input and output maps of the state, from the token                 [B,T,N]
+
+State per layer: ``conv`` [B,K-1,D], the last inputs of the short convolution (channels last, oldest
+first; [3] keeps K of them, channels first), and ``ssm`` [B,D,N].
+
+Departure: the depthwise convolution of K = 4 taps is written as K shifted products. It needs no
+transposes, and it is what runs fastest at T = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys
+from xexport.core.errors import CheckpointError
+from xexport.core.family import Family, LoadedModel
+from xexport.core.state import StateSpec
+from xexport.ops.selective_scan.reference import selective_scan
+
+__all__ = ["FAMILY", "Mamba", "MambaConfig", "MambaTraining"]
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Sizes of one Mamba-1 model.
+
+    Attributes:
+        layers, width, vocab_size: number of blocks, d, V.
+        inner_width: D, 2 d unless given.
+        state_size, conv_kernel: N, K.
+        dt_rank: R, ceil(d / 16) unless given.
+        norm_eps: of every RMS norm.
+        conv_bias, projection_bias: biases of the convolution, and of in_proj and out_proj.
+    """
+
+    layers: int
+    width: int
+    vocab_size: int = 50280
+    inner_width: int = 0
+    state_size: int = 16
+    conv_kernel: int = 4
+    dt_rank: int = 0
+    norm_eps: float = 1e-5
+    conv_bias: bool = True
+    projection_bias: bool = False
+
+    @property
+    def inner(self) -> int:
+        """D."""
+        return self.inner_width or 2 * self.width
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.dt_rank or -(-self.width // 16)
+
+
+PRESETS = {
+    "tiny": MambaConfig(2, 24, 61, state_size=4, dt_rank=3),
+    "zoo": MambaConfig(6, 192, 256),
+    "130m": MambaConfig(24, 768),
+    "370m": MambaConfig(48, 1024),
+    "790m": MambaConfig(48, 1536),
+    "1.4b": MambaConfig(48, 2048),
+    "2.8b": MambaConfig(64, 2560),
+}
+
+
+class _RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class _Mixer(nn.Module):
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        D, N, R, K = config.inner, config.state_size, config.rank, config.conv_kernel
+        self.sizes = (R, N, N)
+        self.kernel = K
+        self.A_log = nn.Parameter(torch.zeros(D, N))
+        self.D = nn.Parameter(torch.ones(D))
+        self.conv1d = nn.Conv1d(D, D, K, groups=D, bias=config.conv_bias)
+        self.in_proj = nn.Linear(config.width, 2 * D, bias=config.projection_bias)
+        self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(R, D)
+        self.out_proj = nn.Linear(D, config.width, bias=config.projection_bias)
+
+    def _convolve(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Causal depthwise convolution: (x [B,T,D], last [B,K-1,D]) -> (y [B,T,D], new last)."""
+        K = self.kernel
+        past = torch.cat((last, x), 1)
+        taps = self.conv1d.weight[:, 0].t()  # [K,D]
+        y = past[:, K - 1 :] * taps[K - 1]
+        for tap in range(K - 1):
+            y = y + past[:, tap : tap - K + 1] * taps[tap]
+        if self.conv1d.bias is not None:
+            y = y + self.conv1d.bias
+        return y, past[:, -(K - 1) :]
+
+    def forward(self, x: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x [B,T,d], conv [B,K-1,D], ssm [B,D,N]) -> (y [B,T,d], new conv, new ssm)."""
+        x, z = self.in_proj(x).chunk(2, -1)
+        x, conv = self._convolve(x, conv)
+        x = F.silu(x)
+        dt, B, C = self.x_proj(x).split(self.sizes, -1)
+        dt = F.softplus(self.dt_proj(dt))
+        y, ssm = selective_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, ssm)
+        return self.out_proj(y * F.silu(z)), conv, ssm
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.norm = _RMSNorm(config.width, config.norm_eps)
+        self.mixer = _Mixer(config)
+
+
+class _Backbone(nn.Module):
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
+        self.norm_f = _RMSNorm(config.width, config.norm_eps)
+
+
+class Mamba(nn.Module):
+    """Mamba-1 in the chunk form; parameter names are those of [3]."""
+
+    max_tokens: int | None = None
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.backbone = _Backbone(config)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """(tokens [B,T] int64, state as :meth:`state_spec`) -> (logits [B,T,V], new state)."""
+        x = self.backbone.embeddings(tokens)
+        new: list[Tensor] = []
+        for index, layer in enumerate(self.backbone.layers):
+            assert isinstance(layer, _Layer)
+            y, conv, ssm = layer.mixer(layer.norm(x), state[2 * index], state[2 * index + 1])
+            x = x + y
+            new += [conv, ssm]
+        return (self.lm_head(self.backbone.norm_f(x)), *new)
+
+    def state_spec(self) -> Sequence[StateSpec]:
+        """Two tensors a layer, all float32, all zero before the first token."""
+        c = self.config
+        shapes: dict[str, tuple[int | str, ...]] = {
+            "conv": ("B", c.conv_kernel - 1, c.inner),
+            "ssm": ("B", c.inner, c.state_size),
+        }
+        return [
+            StateSpec(f"layers.{i}.{name}", shape) for i in range(c.layers) for name, shape in shapes.items()
+        ]
+
+
+class MambaTraining(Mamba):
+    """The same parameters, whole sequences from the zero state: ``forward(tokens [B,T]) -> logits``."""
+
+    def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:  # type: ignore[override]
+        """tokens [B,T] int64 -> logits [B,T,V]."""
+        batch = tokens.shape[0]
+        zeros = [
+            self.lm_head.weight.new_zeros([batch if d == "B" else int(d) for d in s.shape])
+            for s in self.state_spec()
+        ]
+        return super().forward(tokens, *zeros)[0]
+
+
+def _recognise(raw: RawCheckpoint) -> str | None:
+    if raw.metadata.get("xexport.family") == "mamba":
+        return "its metadata says mamba"
+    if raw.config.get("model_type") == "mamba":
+        return "its config.json says mamba"
+    return None
+
+
+def _config_from_hugging_face(raw: RawCheckpoint) -> MambaConfig:
+    """config.json has the sizes; keys it may leave out have the defaults of [3]."""
+    row = raw.config
+    if row.get("model_type") != "mamba":
+        raise CheckpointError(
+            "this checkpoint is not a Hugging Face folder of a Mamba-1 model",
+            got=f"{raw.path.name}: model_type {row.get('model_type')!r}",
+            allowed='a folder whose config.json has "model_type": "mamba", or a file of our own training',
+        )
+    if row.get("hidden_act", "silu") != "silu":
+        raise CheckpointError("unknown activation", got=row["hidden_act"], allowed="silu")
+    rank = row.get("time_step_rank", "auto")
+    try:
+        width = int(row["hidden_size"])
+        return MambaConfig(
+            layers=int(row.get("num_hidden_layers") or row["n_layer"]),
+            width=width,
+            vocab_size=int(row["vocab_size"]),
+            inner_width=int(row.get("expand", 2) * width),
+            state_size=int(row.get("state_size", 16)),
+            conv_kernel=int(row.get("conv_kernel", 4)),
+            dt_rank=-(-width // 16) if rank == "auto" else int(rank),
+            norm_eps=float(row.get("layer_norm_epsilon", 1e-5)),
+            conv_bias=bool(row.get("use_conv_bias", True)),
+            projection_bias=bool(row.get("use_bias", False)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError("config.json lacks a size, or has a malformed one", got=error) from error
+
+
+def _load(raw: RawCheckpoint) -> LoadedModel:
+    """Read a Hugging Face folder or a file of our own training; a tied head is the embedding."""
+    config = own_config(raw, "mamba", MambaConfig) or _config_from_hugging_face(raw)
+    tensors = dict(raw.tensors)
+    notes: list[str] = []
+    if "lm_head.weight" not in tensors:
+        require_keys(raw, ("backbone.embeddings.weight",), "mamba")
+        tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
+        notes.append("the head is tied to the embedding: both are written")
+    with torch.device("meta"):
+        wanted = Mamba(config)
+    return LoadedModel(
+        family="mamba",
+        config=config,
+        tensors=match_tensors(tensors, wanted, raw.path.name),
+        tokenizer="bytes" if config.vocab_size == 256 else None,
+        source=str(raw.path),
+        notes=tuple(notes),
+    )
+
+
+@torch.no_grad()
+def _init(module: Mamba, seed: int) -> None:
+    """The initial values of [2] (dt between 0.001 and 0.1, A = -1..-N), deterministic in ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    c = module.config
+    for name, p in module.named_parameters():
+        value = torch.empty(p.shape)
+        if name.endswith("A_log"):
+            value.copy_(torch.arange(1, c.state_size + 1).log())
+        elif name.endswith("dt_proj.bias"):
+            dt = torch.exp(value.uniform_(math.log(0.001), math.log(0.1), generator=generator))
+            value = dt + torch.log(-torch.expm1(-dt))  # softplus maps it back to dt
+        elif name.endswith("dt_proj.weight"):
+            value.uniform_(-(c.rank**-0.5), c.rank**-0.5, generator=generator)
+        elif name in ("backbone.embeddings.weight", "lm_head.weight"):
+            value.normal_(0, 0.02, generator=generator)
+        elif p.dim() > 1 or name.endswith("conv1d.bias"):
+            bound = (c.conv_kernel if "conv1d" in name else p.shape[-1]) ** -0.5
+            # PyTorch's default for linear layers; residual branches are scaled down with the depth
+            bound *= c.layers**-0.5 if "out_proj" in name else 1.0
+            value.uniform_(-bound, bound, generator=generator)
+        else:
+            value.fill_(0.0 if name.endswith("bias") else 1.0)
+        p.copy_(value)
+
+
+def _from_training(config: MambaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Training and chunk form share their parameter names."""
+    return dict(tensors)
+
+
+FAMILY = Family(
+    name="mamba",
+    title="Mamba-1: selective state space",
+    sources=("arXiv 2312.00752", "github state-spaces/mamba", "transformers models/mamba"),
+    config=MambaConfig,
+    presets=PRESETS,
+    build=Mamba,
+    load=_load,
+    recognise=_recognise,
+    train_form=MambaTraining,
+    from_training=_from_training,
+    init=_init,
+    roles=(
+        ("backbone.embeddings.*", "embedding"),
+        ("lm_head.*", "head"),
+        ("*norm*", "norm"),
+        ("*.in_proj.weight", "projection"),
+        ("*.out_proj.weight", "projection"),
+        ("*.x_proj.weight", "gate"),
+        ("*.dt_proj.*", "decay"),
+        ("*.A_log", "decay"),
+        ("*.conv1d.*", "conv"),
+        ("*", "other"),
+    ),
+    state_note="constant: D x N and (K-1) x D numbers a layer",
+)

@@ -1,0 +1,1 @@
+"""The Mamba-1 recurrence (selective scan): definition, ONNX bodies, differentiable form."""
