@@ -35,7 +35,7 @@ def read_entry(folder: Path) -> Entry:
 
 def all_of(records: Sequence[Record], kind: type[R], runner: str | None = None) -> list[R]:
     """Records of one kind, of one runner if named, in the order written."""
-    found = [r for r in records if isinstance(r, kind)]
+    found: list[R] = [r for r in records if isinstance(r, kind)]
     if runner is None:
         return found
     return [r for r in found if getattr(r, "setup").runner == runner]  # noqa: B009

@@ -62,10 +62,8 @@ def report_json(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> dict[st
 
 
 def weights_bytes(manifest: Manifest) -> int:
-    """Bytes of all stored weights (from the decisions; else the bundle's files without the manifest)."""
-    if manifest.decisions:
-        return sum(d.bytes for d in manifest.decisions)
-    return sum(f.bytes for f in manifest.files)
+    """Bytes of the graph and its external data: what a device must keep."""
+    return sum(f.bytes for f in manifest.files if f.path.startswith(manifest.graph))
 
 
 def state_bytes(manifest: Manifest, batch: int = 1) -> int:
