@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from xexport.core.family import Family
     from xexport.core.op import OpSpec
 
-__all__ = ["family_names", "family_title", "get_family", "get_op", "op_names"]
+__all__ = [
+    "family_aliases",
+    "family_names",
+    "family_title",
+    "find_family",
+    "get_family",
+    "get_op",
+    "op_names",
+]
 
 
 @cache
@@ -32,6 +40,18 @@ def family_title(name: str) -> str:
     return doc.split("\n", 1)[0]
 
 
+@cache
+def family_aliases() -> dict[str, str]:
+    """Other names of the families -> their file's name, read without importing any file."""
+    found: dict[str, str] = {}
+    for name in family_names():
+        source = (files("xexport.models") / f"{name}.py").read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.keyword) and node.arg == "aliases":
+                found |= dict.fromkeys(ast.literal_eval(node.value), name)
+    return found
+
+
 def get_family(name: str) -> Family:
     """The family of that name.
 
@@ -42,6 +62,15 @@ def get_family(name: str) -> Family:
         raise unknown_name("model", name, family_names())
     family: Family = import_module(f"xexport.models.{name}").FAMILY
     return family
+
+
+def find_family(name: str) -> Family:
+    """The family of that name or alias.
+
+    Raises:
+        UnknownNameError: with the nearest names.
+    """
+    return get_family(family_aliases().get(name, name))
 
 
 @cache

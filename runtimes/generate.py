@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +42,14 @@ class GenerationStats:
     def decode_tokens_per_s(self) -> float:
         """Speed of sampling and feeding back one token at a time."""
         return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def record(self) -> dict[str, float]:
+        """Counts, seconds and speeds as plain data."""
+        return {
+            **asdict(self),
+            "prompt_tokens_per_s": self.prompt_tokens_per_s,
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+        }
 
 
 class Generation(Iterator[str]):

@@ -25,10 +25,7 @@ def check_tokens(tokens: Sequence[int] | Any, batch: int, vocab_size: int) -> Id
         InputError: saying what was got and what is allowed.
     """
     if batch == 1 and type(tokens) is list and len(tokens) == 1 and type(tokens[0]) is int:
-        # one Python int at a time is how a stream is mostly fed: no numpy reductions for that
-        if 0 <= tokens[0] < vocab_size:
-            return np.array([tokens], dtype=np.int64)
-        raise _out_of_range(tokens[0], vocab_size)
+        return _one_token(tokens[0], vocab_size)
     ids = _as_integers(tokens)
     if ids.size == 0:
         raise InputError("no tokens to feed", got=f"shape {list(ids.shape)}", allowed="at least one token")
@@ -41,10 +38,14 @@ def check_tokens(tokens: Sequence[int] | Any, batch: int, vocab_size: int) -> Id
             allowed=f"[{batch}, T]" + (" or [T]" if batch == 1 else ""),
             fix=None if ids.ndim != 2 else "open the stream with the batch size you feed",
         )
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
+    if ids.size == 1:
+        return _one_token(int(ids.item()), vocab_size)
+    checked = np.ascontiguousarray(ids, dtype=np.int64)
+    # negative ids are huge when read as unsigned, so one reduction finds both ends of the range
+    if int(checked.view(np.uint64).max()) >= vocab_size:
+        low, high = int(ids.min()), int(ids.max())
         raise _out_of_range(low if low < 0 else high, vocab_size)
-    return np.ascontiguousarray(ids, dtype=np.int64)
+    return checked
 
 
 def check_limit(position: int, count: int, max_tokens: int | None) -> None:
@@ -62,6 +63,13 @@ def check_limit(position: int, count: int, max_tokens: int | None) -> None:
         )
 
 
+def _one_token(token: int, vocab_size: int) -> Ids:
+    """The common case of streaming, without numpy's reductions (5 us each)."""
+    if 0 <= token < vocab_size:
+        return np.array([[token]], dtype=np.int64)
+    raise _out_of_range(token, vocab_size)
+
+
 def _as_integers(tokens: Any) -> npt.NDArray[np.integer[Any]]:
     if isinstance(tokens, str | bytes):
         raise InputError(
@@ -76,7 +84,7 @@ def _as_integers(tokens: Any) -> npt.NDArray[np.integer[Any]]:
         raise InputError("tokens are not a rectangular array of ids", got=error) from error
     if ids.size == 0 and ids.dtype == np.float64:
         return np.empty(ids.shape, np.int64)  # what numpy makes of []
-    if not np.issubdtype(ids.dtype, np.integer):
+    if ids.dtype.kind not in "iu":
         raise InputError("tokens are not integers", got=f"dtype {ids.dtype}", allowed="int64 (or any int)")
     return ids
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from xexport.core.errors import BundleError, InputError
 
-__all__ = ["BytesTokenizer", "Decoder", "NoTokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = ["BytesTokenizer", "Decoder", "NoTokenizer", "Tokenizer", "load_tokenizer", "parse_ids"]
 
 
 class Decoder(Protocol):
@@ -133,6 +133,19 @@ _KINDS: dict[str, Callable[[Mapping[str, Any], Path], Tokenizer]] = {
     "bytes": _bytes_kind,
     "none": _none_kind,
 }
+
+
+def parse_ids(text: str) -> list[int]:
+    """Ids written as numbers between spaces or commas.
+
+    Raises:
+        InputError: something else is among them.
+    """
+    words = text.replace(",", " ").split()
+    odd = [w for w in words if not (w.isascii() and w.isdigit())]
+    if odd:
+        raise InputError("not a token id", got=odd[0], allowed="whole numbers between spaces or commas")
+    return [int(w) for w in words]
 
 
 def load_tokenizer(row: Mapping[str, Any], folder: Path) -> Tokenizer:

@@ -1,0 +1,390 @@
+"""The command line: parse, call one function, print. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xexport import __version__
+from xexport.core.errors import InputError, XexportError, unknown_name
+
+if TYPE_CHECKING:
+    from xexport.core.progress import Progress
+
+__all__ = ["cli", "main"]
+
+_JSON = "xexport.json"
+_PATH = click.Path(path_type=Path)
+
+
+class _Group(click.Group):
+    """Export is the default command; errors xexport raises on purpose become messages."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_JSON] = "--json" in args
+        own = {"-h", "--help", "--version"}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except XexportError as error:
+            _print_error(error, as_json=ctx.meta[_JSON])
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            written = "; nothing was written" if ctx.invoked_subcommand == "export" else ""
+            _print_error(XexportError(f"interrupted{written}"), as_json=ctx.meta[_JSON])
+            ctx.exit(130)
+        except click.UsageError as error:
+            if ctx.meta[_JSON]:
+                click.echo(_dump({"error": _fields(InputError(error.format_message()))}))
+            raise
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    subcommand_metavar="MODEL --target TARGET | COMMAND [ARGS]...",
+    options_metavar="",
+)
+@click.version_option(__version__, message="xexport %(version)s")
+def cli() -> None:
+    """Turn RWKV, Mamba, RetNet, Hyena and their kin from PyTorch into ONNX bundles that carry their
+    own state: quantized, checked against PyTorch, timed.
+
+    \b
+    xexport models                              what can be exported
+    xexport targets                             where it can run
+    xexport rwkv --target cpu-int8              export the checkpoint that ships with xexport
+    xexport rwkv --target cpu-int8 --weights RWKV-x070-0.1B.pth
+    xexport run rwkv-cpu-int8 --prompt "Call me "
+
+    \b
+    Errors go to stderr. With --json stdout holds exactly one object, and on failure it is
+    {"error": {"what", "got", "allowed", "fix"}}.
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
+    """
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+_quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--target", metavar="T", help="Where it is to run; `xexport targets` lists them.")
+@click.option("--weights", type=_PATH, metavar="P", help="A .pth, .safetensors or Hugging Face folder.")
+@click.option("--preset", metavar="N", help="A named size with random weights; `xexport models` lists them.")
+@click.option("--out", type=_PATH, metavar="D", help="The folder to write. [default: MODEL-TARGET]")
+@click.option(
+    "--eval-text", type=_PATH, metavar="F", help="Text to measure accuracy on instead of the built-in."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="For --preset's random weights.")
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+@_json_option
+@_quiet_option
+def export(
+    model: str,
+    target: str | None,
+    weights: Path | None,
+    preset: str | None,
+    out: Path | None,
+    eval_text: Path | None,
+    seed: int,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Export MODEL for a target: a folder with the graph, its weights, and what was measured.
+
+    The word "export" may be left out. The export is checked against PyTorch, also fed in chunks;
+    it is written to a temporary folder and renamed, so a failure leaves nothing behind.
+
+    \b
+    xexport rwkv --target cpu-int8
+    xexport mamba --target cpu-fp32 --weights ./mamba-130m --out mamba-fp32
+    xexport retnet --target cpu-int4 --eval-text my.txt --json > figures.json
+    """
+    from xexport.core.registry import family_aliases, family_names
+
+    if model not in family_names() and model not in family_aliases():
+        raise unknown_name("model or command", model, {*family_names(), *family_aliases(), *cli.commands})
+    if target is None:
+        from xexport.core.target import target_names
+
+        raise click.UsageError(f"name a target with --target: {', '.join(target_names())}")
+    from xexport import pipeline
+
+    with _working(quiet) as progress:
+        bundle = pipeline.export(
+            model,
+            target=target,
+            out=out,
+            weights=weights,
+            preset=preset,
+            eval_text=eval_text,
+            force=force,
+            progress=progress,
+            seed=seed,
+        )
+        record = pipeline.summary(bundle)
+    _print("export", record, as_json)
+
+
+@cli.command()
+@_json_option
+def models(as_json: bool) -> None:
+    """List the models xexport knows, with their sizes."""
+    from xexport import pipeline
+
+    _print("models", {"models": pipeline.models()}, as_json)
+
+
+@cli.command()
+@_json_option
+def targets(as_json: bool) -> None:
+    """List the targets: runtime, precision, and what each is for."""
+    from xexport import pipeline
+
+    _print("targets", {"targets": pipeline.targets()}, as_json)
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@_json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what is in BUNDLE: model, state, formats of the weights, operators, measured figures.
+
+    Every file's SHA-256 is checked on the way.
+
+    \b
+    xexport inspect rwkv-cpu-int8
+    xexport inspect rwkv-cpu-int8 --json | jq .decisions
+    """
+    from xexport import pipeline
+
+    _print("inspect", pipeline.inspect(bundle), as_json)
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--prompt", required=True, metavar="TEXT", help="The text to go on from; - reads stdin.")
+@click.option("--max-tokens", type=int, default=128, show_default=True, help="How many tokens to generate.")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling; 1 is off.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
+@click.option("--seed", type=int, default=None, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
+@click.option("--threads", type=int, default=0, show_default=True, help="0 takes every core.")
+@click.option("--ids", is_flag=True, help="The prompt is token ids between spaces; print ids.")
+@click.option("--no-verify", is_flag=True, help="Don't hash the files first (large bundles start faster).")
+@_json_option
+@_quiet_option
+def run(
+    bundle: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    stop: tuple[str, ...],
+    threads: int,
+    ids: bool,
+    no_verify: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Generate text with BUNDLE; it streams to stdout, the speed follows on stderr. Needs no torch.
+
+    \b
+    xexport run rwkv-cpu-int8 --prompt "Call me " --temperature 0.8 --top-p 0.9 --seed 0
+    xexport run rwkv-cpu-int8 --prompt "67 97 108 108" --ids
+    """
+    from xexport.runtimes.bundle import load
+    from xexport.runtimes.tokenizers import NoTokenizer, parse_ids
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    stream = load(bundle, verify=not no_verify).stream(threads=threads)
+    if ids:
+        stream.tokenizer = NoTokenizer()
+    generation = stream.generate(
+        parse_ids(text) if ids else text, max_tokens, temperature, top_p, top_k, seed, stop or None
+    )
+    pieces = []
+    for piece in generation:
+        pieces.append(piece)
+        if not as_json:
+            click.echo(_printable(piece), nl=False)
+            sys.stdout.flush()
+    stats = generation.stats.record()
+    if as_json:
+        click.echo(_dump({"text": "".join(pieces), "ids": generation.ids, **stats}))
+        return
+    click.echo()
+    if not quiet:
+        click.secho(
+            f"prompt {stats['prompt_tokens']} tokens, {stats['prompt_tokens_per_s']:,.0f} tokens/s; "
+            f"generated {stats['new_tokens']} tokens, {stats['decode_tokens_per_s']:,.0f} tokens/s",
+            err=True,
+            dim=True,
+        )
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--eval-text", type=_PATH, metavar="F", help="Text to measure on instead of the built-in.")
+@_json_option
+@_quiet_option
+def validate(bundle: Path, eval_text: Path | None, as_json: bool, quiet: bool) -> None:
+    """Check BUNDLE on this machine: files, agreement with PyTorch's logits, chunks against whole.
+
+    Needs no torch: the reference logits are in the bundle.
+
+    \b
+    xexport validate rwkv-cpu-int8
+    xexport validate rwkv-cpu-int8 --eval-text my.txt --json
+    """
+    from xexport import pipeline
+
+    with _working(quiet) as progress:
+        record = pipeline.validate(bundle, eval_text=eval_text, progress=progress)
+    _print("validate", record, as_json)
+
+
+@cli.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--threads", type=int, default=None, help="0 takes every core.")
+@click.option("--steps", type=int, default=None, help="How many single tokens to time.")
+@click.option("--prefill", type=int, default=None, help="Length of the prefill to time.")
+@_json_option
+@_quiet_option
+def profile(
+    bundle: Path, threads: int | None, steps: int | None, prefill: int | None, as_json: bool, quiet: bool
+) -> None:
+    """Time BUNDLE on this machine: steps, prefill, loading, memory, time per operator.
+
+    \b
+    xexport profile rwkv-cpu-int8 --threads 1 --steps 500
+    """
+    from xexport import pipeline
+
+    with _working(quiet) as progress:
+        record = pipeline.profile(bundle, threads=threads, steps=steps, prefill=prefill, progress=progress)
+    _print("profile", record, as_json)
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=_PATH, metavar="BUNDLE...")
+@click.option(
+    "-o",
+    "--out",
+    type=_PATH,
+    default=Path("report.html"),
+    show_default=True,
+    help="A .html, .md or .json file.",
+)
+@_json_option
+@_quiet_option
+def report(bundles: tuple[Path, ...], out: Path, as_json: bool, quiet: bool) -> None:
+    """Write one report that compares BUNDLEs; the format follows the name's ending.
+
+    \b
+    xexport report rwkv-cpu-fp32 rwkv-cpu-int8 rwkv-cpu-int4 -o compare.html
+    """
+    from xexport import pipeline
+
+    with _working(quiet) as progress:
+        written = pipeline.report(list(bundles), out, progress=progress)
+    _print("report", {"report": str(written)}, as_json)
+
+
+@cli.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Say what this machine has: versions, processor, native kernels, which targets run here."""
+    from xexport import pipeline
+
+    _print("doctor", pipeline.doctor(), as_json)
+
+
+@contextmanager
+def _working(quiet: bool) -> Iterator[Progress]:
+    """Progress on stderr; what libraries print meanwhile goes there too, so that stdout stays clean."""
+    from xexport.core.progress import Silent, for_terminal
+
+    progress = Silent() if quiet else for_terminal()
+    try:
+        with redirect_stdout(sys.stderr):
+            yield progress
+    finally:
+        progress.close()
+
+
+def _print(kind: str, record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(_dump(record))
+        return
+    from rich.console import Console
+
+    from xexport.report.terminal import show
+
+    show(kind, record, Console(highlight=False))
+
+
+def _print_error(error: XexportError, *, as_json: bool) -> None:
+    head, *rest = str(error).split("\n")
+    click.secho(f"error: {head}", fg="red", err=True)
+    for line in rest:
+        click.echo(line, err=True)
+    if as_json:
+        click.echo(_dump({"error": _fields(error)}))
+
+
+def _dump(record: Any) -> str:
+    """JSON as the standard has it: an infinite or undefined number is null."""
+    return json.dumps(_standard(record), allow_nan=False)
+
+
+def _standard(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _standard(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_standard(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _fields(error: XexportError) -> dict[str, str | None]:
+    values = {"what": error.what, "got": error.got, "allowed": error.allowed, "fix": error.fix}
+    return {key: None if value is None else str(value) for key, value in values.items()}
+
+
+def _printable(text: str) -> str:
+    """Text a model can't steer a terminal with; files and pipes get it as it is."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def main() -> None:
+    """The entry point ``xexport``."""
+    import warnings
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's
+    cli(prog_name="xexport")
+
+
+if __name__ == "__main__":
+    main()
