@@ -14,6 +14,7 @@ import msgspec
 from xexport.core.errors import BundleError
 
 __all__ = [
+    "MANIFEST_NAME",
     "SCHEMA_VERSION",
     "FileEntry",
     "GraphTensor",

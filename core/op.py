@@ -35,7 +35,7 @@ class OpSpec:
     Attributes:
         name: op_type in the graph, and the torch op ``torch.ops.xexport.<name>``.
         inputs, outputs: formal names, in order. Tensor inputs come first in the torch schema.
-        attributes: attribute name -> "int" or "float"; in the torch schema they follow the tensors.
+        attributes: attribute name -> "int", "float" or "string"; in the torch schema they follow the tensors.
         input_types: formal input name -> type constraint, "T" (any float) unless listed.
         bodies: variant name -> Body; the first is the default.
         domain: graph domain; ``com.microsoft`` where an ORT contrib operator does the job, in

@@ -1,0 +1,87 @@
+"""The text that models are judged on: the built-in held-out text, or the user's own file."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xexport.core.errors import InputError
+from xexport.runtimes.tokenizers import Tokenizer
+
+__all__ = ["Corpus", "read_corpus"]
+
+BUILT_IN = "moby_dick.txt"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text as token ids.
+
+    Attributes:
+        name, sha256: what was read, for the records.
+        tokens: int64 [n].
+        bytes: size of the text that the tokens stand for.
+    """
+
+    name: str
+    sha256: str
+    tokens: NDArray[np.int64]
+    bytes: int
+
+    def head(self, count: int) -> Corpus:
+        """The first ``count`` tokens, with the bytes they stand for in proportion."""
+        if count >= len(self.tokens):
+            return self
+        share = max(1, round(self.bytes * count / len(self.tokens)))
+        return Corpus(self.name, self.sha256, self.tokens[:count], share)
+
+
+def read_corpus(
+    tokenizer: Tokenizer, vocab_size: int, path: str | Path | None = None, *, count: int = 1 << 17
+) -> Corpus:
+    """The first ``count`` bytes of a text, encoded.
+
+    A model without a tokenizer is fed random ids: that shows what quantization changes, not what
+    the model knows, and the name of the corpus says so.
+
+    Raises:
+        InputError: the file is missing, empty, or holds ids the model does not have.
+    """
+    if tokenizer.vocab_size is None and path is None:
+        return _random_ids(vocab_size, min(count, 4096))
+    name, data = _read(path)
+    # cut at a byte, then drop the broken character at the end, if any
+    text = data[:count].decode("utf-8", errors="ignore")
+    ids = np.asarray(tokenizer.encode(text), dtype=np.int64)
+    if ids.size < 2:
+        raise InputError("the evaluation text is too short", got=f"{name}: {ids.size} tokens", allowed="2")
+    if int(ids.max()) >= vocab_size:
+        raise InputError(
+            "the evaluation text holds ids the model does not have",
+            got=f"{name}: id {int(ids.max())}",
+            allowed=f"0..{vocab_size - 1}",
+            fix="this model reads another alphabet: give it a text of its own with --eval-text",
+        )
+    return Corpus(name, hashlib.sha256(data).hexdigest(), ids, len(text.encode()))
+
+
+def _read(path: str | Path | None) -> tuple[str, bytes]:
+    if path is None:
+        return BUILT_IN, (files("xexport.evaluate") / "text" / BUILT_IN).read_bytes()
+    where = Path(path)
+    try:
+        data = where.read_bytes()
+    except OSError as error:
+        raise InputError("the evaluation text can't be read", got=f"{where}: {error.strerror}") from error
+    return where.name, data
+
+
+def _random_ids(vocab_size: int, count: int) -> Corpus:
+    ids = np.random.default_rng(0).integers(0, vocab_size, count, dtype=np.int64)
+    digest = hashlib.sha256(ids.tobytes()).hexdigest()
+    return Corpus("random ids (the model has no tokenizer)", digest, ids, count)

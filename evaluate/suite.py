@@ -1,0 +1,160 @@
+"""What is measured of every bundle, in which order and at which size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from xexport.core.manifest import Manifest
+from xexport.core.progress import Progress
+from xexport.core.records import ChunkLaw, Record, Setup
+from xexport.core.runner import Runner
+from xexport.evaluate.bandwidth import measure_bandwidth
+from xexport.evaluate.chunks import chunk_law
+from xexport.evaluate.corpus import Corpus
+from xexport.evaluate.drift import drift
+from xexport.evaluate.environment import make_setup
+from xexport.evaluate.fidelity import compare
+from xexport.evaluate.latency import measure_latency, paired_latency
+from xexport.evaluate.memory import measure_memory
+from xexport.evaluate.optimes import profile_ops
+from xexport.runtimes.bundle import Bundle
+
+__all__ = ["Sizes", "accuracy", "law", "setup_for", "sizes_for", "speed"]
+
+_LARGE = 50_000_000  # parameters
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured; a large model gets less, so that an export stays a matter of minutes."""
+
+    fidelity_tokens: int
+    drift_tokens: int
+    chunk_tokens: int
+    steps: int
+    prefill: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+def sizes_for(parameters: int) -> Sizes:
+    """The amount of work by model size."""
+    if parameters > _LARGE:
+        return Sizes(512, 512, 48, 40, (128,), ())
+    return Sizes(8192, 8192, 96, 200, (128, 512), (100, 1000, 1900))
+
+
+def setup_for(manifest: Manifest, bundle: str, corpus: Corpus | None, threads: int | None = None) -> Setup:
+    """The configuration that every row repeats."""
+    return make_setup(
+        model=manifest.model.family,
+        target=manifest.target,
+        bundle=bundle,
+        text=corpus.name if corpus else "",
+        text_sha256=corpus.sha256 if corpus else "",
+        threads=threads,
+        model_config=manifest.model.config,
+        target_row=manifest.target_row,
+    )
+
+
+def accuracy(
+    reference: Runner,
+    candidates: Mapping[str, Runner],
+    corpus: Corpus,
+    setup: Setup,
+    sizes: Sizes,
+    progress: Progress,
+    *,
+    reference_name: str = "torch",
+) -> list[Record]:
+    """Fidelity and drift of the candidates against the reference."""
+    part = corpus.head(sizes.fidelity_tokens)
+    scored = max(1, round(part.bytes * (len(part.tokens) - 1) / len(part.tokens)))
+    rows = compare(
+        reference,
+        candidates,
+        part.tokens,
+        setup=setup,
+        text_bytes=scored,
+        reference_name=reference_name,
+        progress=progress,
+    )
+    long = corpus.head(sizes.drift_tokens).tokens
+    drifts = drift(reference, candidates, long, setup=setup, reference_name=reference_name, progress=progress)
+    return [*rows.values(), *drifts.values()]
+
+
+def law(runner: Runner, corpus: Corpus, setup: Setup, sizes: Sizes, progress: Progress) -> ChunkLaw:
+    """The chunk law of the bundle as it will run."""
+    tokens = corpus.head(sizes.chunk_tokens).tokens
+    return chunk_law(runner, tokens, setup=setup, progress=progress)
+
+
+def speed(
+    bundle: Bundle,
+    others: Mapping[str, Runner],
+    corpus: Corpus,
+    setup: Setup,
+    sizes: Sizes,
+    progress: Progress,
+    *,
+    threads: int = 0,
+) -> list[Record]:
+    """Latency, memory, per-operator time and bandwidth of a bundle, and its step against others'."""
+    runner = bundle.stream(threads=threads)
+    tokens = corpus.tokens
+    rows: list[Record] = [
+        measure_latency(
+            runner,
+            tokens,
+            setup=setup,
+            steps=sizes.steps,
+            prefill=sizes.prefill,
+            positions=sizes.positions,
+            open_runner=lambda: Bundle(bundle.path, bundle.manifest).stream(threads=threads),
+            progress=progress,
+        )
+    ]
+    for name, other in others.items():
+        brief = msgspec.structs.replace(setup, runner=name)
+        rows.append(
+            measure_latency(
+                other,
+                tokens,
+                setup=brief,
+                steps=max(20, sizes.steps // 4),
+                prefill=sizes.prefill[-1:],
+                repeats=3,
+                progress=progress,
+            )
+        )
+        rows.append(
+            paired_latency(
+                runner, other, tokens, setup=setup, other_name=name, rounds=12, steps=5, progress=progress
+            )
+        )
+    progress.stage("memory and operators")
+    rows.append(
+        measure_memory(
+            bundle.path,
+            setup=setup,
+            weights_bytes=bundle.bytes_of_weights,
+            state_bytes=bundle.bytes_of_state(),
+        )
+    )
+    rows += [
+        profile_ops(bundle.path, tokens, setup=setup, steps=min(50, sizes.steps), threads=threads),
+        profile_ops(
+            bundle.path, tokens, setup=setup, steps=3, tokens_per_call=sizes.prefill[0], threads=threads
+        ),
+    ]
+    rows.append(measure_bandwidth(_bytes_per_token(bundle.manifest), setup=setup, repeats=5))
+    return rows
+
+
+def _bytes_per_token(manifest: Manifest) -> int:
+    """Weights that one step must read: all but the embedding table, of which it reads one row."""
+    return sum(d.bytes for d in manifest.decisions if d.role != "embedding")

@@ -1,0 +1,68 @@
+"""The manifest of a graph that was just written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import onnx_ir as ir
+
+import xexport
+from xexport.core.manifest import (
+    SCHEMA_VERSION,
+    FileEntry,
+    Manifest,
+    ModelInfo,
+    StateTensor,
+    TensorDecision,
+)
+from xexport.core.state import StateSpec
+from xexport.core.target import Target
+from xexport.exporter.graph import Written, graph_tensors
+from xexport.exporter.trace import output_name
+from xexport.exporter.writer import GRAPH_NAME
+
+__all__ = ["describe"]
+
+
+def describe(
+    model: ir.Model,
+    written: Written,
+    info: ModelInfo,
+    target: Target,
+    specs: Sequence[StateSpec],
+    *,
+    decisions: Sequence[TensorDecision] = (),
+    tokenizer: dict[str, Any],
+    checks: dict[str, Any],
+    environment: dict[str, Any],
+    warnings: Sequence[str] = (),
+    extra_files: Sequence[FileEntry] = (),
+) -> Manifest:
+    """Everything a device needs, and every decision with its reason; figures are added later."""
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        xexport_version=xexport.__version__,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=info,
+        target=target.name,
+        precision=target.precision,
+        runtime=target.runtime,
+        provider=target.provider,
+        target_row=target.row(),
+        opset=model.opset_imports[""],
+        ir_version=model.ir_version or 0,
+        graph=GRAPH_NAME,
+        graph_form=target.graph_form,
+        files=(*written.files, *extra_files),
+        inputs=graph_tensors(model.graph.inputs),
+        outputs=graph_tensors(model.graph.outputs),
+        state=tuple(StateTensor(s.name, output_name(s.name), s.dtype, s.shape, s.init) for s in specs),
+        tokenizer=tokenizer,
+        lowerings=written.lowerings,
+        decisions=tuple(decisions),
+        checks=checks,
+        environment=environment,
+        warnings=tuple(warnings),
+    )

@@ -1,0 +1,182 @@
+"""What the user named (a family with weights or a preset, or a module of their own) -> module and weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xexport.core.checkpoint import open_checkpoint
+from xexport.core.errors import CheckpointError, InputError, unknown_name
+from xexport.core.family import Family, LoadedModel
+from xexport.core.registry import find_family
+from xexport.core.state import StateSpec
+
+__all__ = ["Source", "from_module", "resolve"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is ready to be traced.
+
+    Attributes:
+        skeleton: the module to trace; of a family, on the meta device (it holds no weights).
+        tensors: parameter and buffer name -> stored tensor, possibly memory-mapped, of any dtype.
+        specs: its state.
+        roles: (glob, role) rows for quantization.
+        random: the weights were never trained.
+    """
+
+    family: str
+    title: str
+    config: dict[str, Any]
+    skeleton: torch.nn.Module
+    tensors: Mapping[str, torch.Tensor]
+    specs: tuple[StateSpec, ...]
+    roles: tuple[tuple[str, str], ...]
+    tokenizer: str | None
+    origin: str
+    notes: tuple[str, ...] = ()
+    random: bool = False
+
+    @property
+    def max_tokens(self) -> int | None:
+        limit: int | None = getattr(self.skeleton, "max_tokens", None)
+        return limit
+
+    @property
+    def parameters(self) -> int:
+        return sum(t.numel() for t in self.tensors.values())
+
+    def eager(self) -> torch.nn.Module:
+        """The module with its weights in float32, for the PyTorch side of every comparison."""
+        if not any(p.is_meta for p in self.skeleton.state_dict().values()):
+            return self.skeleton.eval()
+        wanted = self.skeleton.state_dict()
+        state = {k: self.tensors[k].detach().to(wanted[k].dtype) for k in wanted}
+        self.skeleton.load_state_dict(state, assign=True)
+        return self.skeleton.eval().requires_grad_(False)
+
+
+def resolve(
+    model: str, *, weights: str | Path | None = None, preset: str | None = None, seed: int = 0
+) -> Source:
+    """The source a user named.
+
+    Without ``weights``, the family's trained zoo checkpoint is used; with ``preset``, that size
+    with random weights.
+
+    Raises:
+        UnknownNameError: no such family or preset.
+        CheckpointError: the weights can't be read as that family.
+        InputError: both ``weights`` and ``preset``, or neither and the zoo has none.
+    """
+    family = find_family(model)
+    if weights is not None and preset is not None:
+        raise InputError(
+            "--weights and --preset exclude each other", fix="the size of a checkpoint is read from it"
+        )
+    if preset is not None:
+        return _random(family, preset, seed)
+    path = Path(weights) if weights is not None else _zoo(family)
+    loaded = family.load(open_checkpoint(path))
+    return _from_loaded(family, loaded, path.name)
+
+
+def from_module(module: torch.nn.Module, name: str | None = None) -> Source:
+    """A user's own module in the chunk form.
+
+    Raises:
+        InputError: it has no ``state_spec()``.
+    """
+    state_spec = getattr(module, "state_spec", None)
+    if not callable(state_spec):
+        raise InputError(
+            "the module has no state_spec()",
+            got=type(module).__name__,
+            fix="give it a state_spec() that returns one xexport.StateSpec a state tensor, and a "
+            "forward(tokens [B,T], *state) -> (logits [B,T,V], *new_state)",
+        )
+    roles = getattr(module, "tensor_roles", None)
+    rows = tuple(dict(roles()).items()) if callable(roles) else ()
+    title = name or type(module).__name__
+    return Source(
+        family=title,
+        title=f"{type(module).__name__} (a module of the user's own)",
+        config={},
+        skeleton=module.eval(),
+        tensors={k: v.detach() for k, v in module.state_dict().items()},
+        specs=tuple(_specs(state_spec())),
+        roles=rows,
+        tokenizer=None,
+        origin=f"module {type(module).__module__}.{type(module).__qualname__}",
+    )
+
+
+def _specs(rows: Sequence[Any]) -> list[StateSpec]:
+    for row in rows:
+        if not isinstance(row, StateSpec):
+            raise InputError(
+                "state_spec() must return xexport.StateSpec rows", got=type(row).__name__, allowed="StateSpec"
+            )
+    return list(rows)
+
+
+def _zoo(family: Family) -> Path:
+    from importlib.resources import files
+
+    path = Path(str(files("xexport.zoo") / "checkpoints" / f"{family.name}.safetensors"))
+    if not path.is_file():
+        raise InputError(
+            f"this installation ships no trained checkpoint of {family.name}",
+            fix=f"name one with --weights, or a size with random weights: --preset "
+            f"{' | '.join(family.presets)}",
+        )
+    return path
+
+
+def _skeleton(family: Family, config: Any) -> torch.nn.Module:
+    with torch.device("meta"):
+        module: torch.nn.Module = family.build(config)
+    return module.eval().requires_grad_(False)
+
+
+def _random(family: Family, preset: str, seed: int) -> Source:
+    if preset not in family.presets:
+        raise unknown_name(f"preset of {family.name}", preset, family.presets)
+    config = family.presets[preset]
+    module = family.build(config).eval().requires_grad_(False)
+    family.init(module, seed)
+    loaded = LoadedModel(family.name, config, module.state_dict(), source=f"preset {preset}, seed {seed}")
+    source = _from_loaded(family, loaded, loaded.source)
+    return dataclasses.replace(
+        source, random=True, notes=(*source.notes, f"random weights (preset {preset}, seed {seed})")
+    )
+
+
+def _from_loaded(family: Family, loaded: LoadedModel, origin: str) -> Source:
+    skeleton = _skeleton(family, loaded.config)
+    unused = len(set(loaded.tensors) - set(skeleton.state_dict()))
+    if unused:
+        raise CheckpointError(
+            f"{unused} tensors of the checkpoint have no place in the model",
+            got=", ".join(sorted(set(loaded.tensors) - set(skeleton.state_dict()))[:4]),
+            fix="this is a fault of the family's loader: please report it",
+        )
+    vocab = getattr(skeleton, "vocab_size", None)
+    return Source(
+        family=family.name,
+        title=family.title,
+        config=dataclasses.asdict(loaded.config),
+        skeleton=skeleton,
+        tensors=loaded.tensors,
+        specs=tuple(skeleton.state_spec()),  # type: ignore[operator]
+        roles=family.roles,
+        tokenizer=loaded.tokenizer or ("bytes" if vocab == 256 else None),
+        origin=origin,
+        notes=loaded.notes,
+    )

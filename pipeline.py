@@ -1,0 +1,381 @@
+"""The way of the data on one page: resolve, trace, verify, quantize, write, measure, report.
+
+Every public function here is what one command of the CLI calls; none of them prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from xexport.core.errors import InputError, OutputError
+from xexport.core.manifest import MANIFEST_NAME, Manifest, ModelInfo, encode_manifest
+from xexport.core.progress import Progress, Silent
+from xexport.core.records import Record
+from xexport.core.registry import family_names, family_title
+from xexport.core.results import RESULTS_NAME, append_records, read_records
+from xexport.core.target import Target, get_target, target_names
+from xexport.runtimes.bundle import Bundle, load
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    import torch
+
+    from xexport.core.family import ChunkModule
+    from xexport.evaluate.corpus import Corpus
+    from xexport.exporter.output import Output
+    from xexport.models._resolve import Source
+
+__all__ = ["doctor", "export", "inspect", "models", "profile", "report", "summary", "targets", "validate"]
+
+REPORT_NAME = "report.html"
+_OFFSET_BYTES = 1.1  # what is written besides the weights themselves
+
+
+def export(
+    model: str | torch.nn.Module,
+    *,
+    target: str,
+    out: str | Path | None = None,
+    weights: str | Path | None = None,
+    preset: str | None = None,
+    eval_text: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    seed: int = 0,
+    name: str | None = None,
+) -> Bundle:
+    """Export a model for a target: trace, verify, quantize, write, measure, report.
+
+    Args:
+        model: a family (``rwkv``), or an nn.Module in the chunk form (core/family.py ChunkModule).
+        target: a target (``cpu-int8``).
+        out: the bundle's folder; ``MODEL-TARGET`` in the current folder by default.
+        weights: a checkpoint of that family; the zoo's trained one by default.
+        preset: a size of that family with random weights, instead of ``weights``.
+        eval_text: held-out text to judge on; the built-in one by default.
+        force: replace an existing bundle.
+        progress: told what is going on; silent by default.
+        seed: for the random weights of ``preset``.
+        name: what a module of your own is called in the bundle.
+
+    Returns:
+        The bundle, opened.
+
+    Raises:
+        XexportError: with what, got, allowed and how to mend; nothing is left half written.
+    """
+    from xexport.core.extras import require
+
+    for package in ("torch", "onnx", "onnxscript", "onnx_ir"):
+        require(package, extra="export", why="to export a model")
+    require("plotly", extra="report", why="to write the report")
+    from xexport.exporter.output import output_folder
+
+    goal = get_target(target)
+    progress = progress or Silent()
+    try:
+        label = name or (model if isinstance(model, str) else type(model).__name__)
+        final = Path(out) if out is not None else Path(f"{Path(label).name}-{target}")
+        with output_folder(final, force=force) as output:
+            progress.stage("read the checkpoint")
+            source = _resolve(model, weights, preset, seed, name)
+            _export_into(output, source, goal, eval_text, progress)
+            output.commit()
+    finally:
+        progress.close()
+    return load(final, verify=False)
+
+
+def _resolve(
+    model: str | torch.nn.Module,
+    weights: str | Path | None,
+    preset: str | None,
+    seed: int,
+    name: str | None,
+) -> Source:
+    from xexport.models._resolve import from_module, resolve
+
+    if isinstance(model, str):
+        return resolve(model, weights=weights, preset=preset, seed=seed)
+    if weights is not None or preset is not None:
+        raise InputError("a module brings its own weights", fix="leave out weights and preset")
+    return from_module(model, name)
+
+
+def _export_into(
+    output: Output, source: Source, target: Target, eval_text: str | Path | None, progress: Progress
+) -> None:
+    """Make the whole bundle in ``output.bundle``."""
+    from xexport.evaluate.recorded import REFERENCE_NAME, write_reference
+    from xexport.exporter.graph import build_graph, write_graph
+    from xexport.exporter.output import require_space
+    from xexport.exporter.verify import verify
+    from xexport.exporter.writer import file_entry
+    from xexport.quant.apply import quantize
+    from xexport.quant.scheme import get_scheme
+    from xexport.runtimes.torch_eager import TorchStream
+
+    scheme = get_scheme(target.precision)
+    exact = target.precision == "fp32"
+    require_space(output.final.parent, int(4 * source.parameters * (1 if exact else 2) * _OFFSET_BYTES))
+    graph = build_graph(
+        source.skeleton,
+        source.tensors,
+        source.specs,
+        opset=target.opset,
+        source=source.origin,
+        progress=progress,
+    )
+    fp32 = output.bundle if exact else output.scratch
+    written = write_graph(graph, fp32, target.bodies, target.why, progress)
+
+    progress.stage("verify against PyTorch")
+    module = source.eager()
+    vocab = _vocab_size(graph)
+    checks = verify(module, source.specs, fp32 / "model.onnx", vocab_size=vocab, max_tokens=source.max_tokens)
+    info = _info(source, vocab)
+    facts: dict[str, Any] = {
+        "tokenizer": {"kind": source.tokenizer or "none"},
+        "checks": msgspec.to_builtins(checks.__dict__),
+        "environment": _environment(),
+        "warnings": _warnings(source),
+    }
+    exact_manifest = _describe(graph, written, info, get_target("cpu-fp32"), source, (), facts)
+    if not exact:
+        _write_manifest(output.scratch, exact_manifest)
+
+    decisions = quantize(
+        graph, scheme, source.roles, output.scratch, names=set(source.tensors), progress=progress
+    )
+    if not exact:
+        written = write_graph(graph, output.bundle, target.bodies, target.why, progress)
+    torch_stream = TorchStream(cast("ChunkModule", module))
+    corpus = _corpus(source, vocab, eval_text)
+    write_reference(output.bundle / REFERENCE_NAME, torch_stream, corpus.tokens)
+    facts["extra_files"] = [file_entry(output.bundle / REFERENCE_NAME)]
+    manifest = _describe(graph, written, info, target, source, decisions, facts)
+    _write_manifest(output.bundle, manifest)
+    del graph
+
+    bundle = Bundle(output.bundle, manifest)
+    fp32_bundle = bundle if exact else Bundle(output.scratch, exact_manifest)
+    _measure(bundle, fp32_bundle, torch_stream, corpus, output.final.name, progress)
+    _finish(output.bundle, manifest, progress)
+
+
+def _measure(
+    bundle: Bundle, fp32: Bundle, torch_stream: Any, corpus: Corpus, name: str, progress: Progress
+) -> None:
+    """Accuracy of ONNX and of the bundle against PyTorch, then speed, into results.jsonl."""
+    from xexport.evaluate import suite
+
+    sizes = suite.sizes_for(bundle.manifest.model.parameters)
+    setup = suite.setup_for(bundle.manifest, name, corpus)
+    candidates = {"onnx": fp32.stream(), "bundle": bundle.stream()}
+    rows: list[Record] = suite.accuracy(torch_stream, candidates, corpus, setup, sizes, progress)
+    rows.append(suite.law(bundle.stream(), corpus, setup, sizes, progress))
+    others = {"torch": torch_stream}
+    if fp32 is not bundle:
+        others["onnx"] = fp32.stream()
+    rows += suite.speed(bundle, others, corpus, setup, sizes, progress)
+    append_records(bundle.path / RESULTS_NAME, rows)
+
+
+def _finish(folder: Path, manifest: Manifest, progress: Progress) -> None:
+    """Figures into the manifest, and the report beside it."""
+    from xexport.report.html import write_html
+
+    progress.stage("report")
+    records = read_records(folder / RESULTS_NAME)
+    manifest = _with_figures(manifest, records)
+    _write_manifest(folder, manifest)
+    write_html(folder / REPORT_NAME, [(manifest, records)])
+
+
+def _with_figures(manifest: Manifest, records: Sequence[Record]) -> Manifest:
+    from xexport.report.jsonout import summary as summarise
+
+    figures = summarise(manifest, records)
+    return msgspec.structs.replace(manifest, figures=figures)
+
+
+def _describe(
+    graph: ir.Model,
+    written: Any,
+    info: ModelInfo,
+    target: Target,
+    source: Source,
+    decisions: Sequence[Any],
+    facts: Mapping[str, Any],
+) -> Manifest:
+    from xexport.exporter.describe import describe
+
+    return describe(graph, written, info, target, source.specs, decisions=decisions, **facts)
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+
+
+def _corpus(source: Source, vocab: int, eval_text: str | Path | None) -> Corpus:
+    from xexport.evaluate.corpus import read_corpus
+    from xexport.runtimes.tokenizers import load_tokenizer
+
+    return read_corpus(load_tokenizer({"kind": source.tokenizer or "none"}, Path()), vocab, eval_text)
+
+
+def _vocab_size(graph: ir.Model) -> int:
+    shape = graph.graph.outputs[0].shape
+    assert shape is not None
+    return int(shape.numpy()[-1]) if shape.is_static() else int(str(shape[-1]))
+
+
+def _info(source: Source, vocab: int) -> ModelInfo:
+    return ModelInfo(
+        family=source.family,
+        title=source.title,
+        config=source.config,
+        parameters=source.parameters,
+        vocab_size=vocab,
+        max_tokens=source.max_tokens,
+        source=source.origin,
+        notes=source.notes,
+    )
+
+
+def _warnings(source: Source) -> list[str]:
+    if source.random:
+        return ["the weights are random: accuracy figures show what quantization changes, nothing else"]
+    return []
+
+
+def _environment() -> dict[str, Any]:
+    from xexport.evaluate.environment import environment
+    from xexport.runtimes.native import find_native
+
+    native = find_native()
+    facts: dict[str, Any] = msgspec.to_builtins(environment())
+    return {**facts, "native_kernels": native.available, "native_reason": native.reason}
+
+
+def summary(bundle: Bundle) -> dict[str, Any]:
+    """The figures of a bundle as one plain object: what ``--json`` prints."""
+    from xexport.report.jsonout import summary as summarise
+
+    records = read_records(bundle.path / RESULTS_NAME)
+    return summarise(bundle.manifest, records, str(bundle.path))
+
+
+def validate(
+    bundle_path: str | Path, *, eval_text: str | Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Check a bundle where it is now, without PyTorch.
+
+    The files are hashed, the chunk law is checked, the logits are compared with those that PyTorch
+    gave at export (they travel with the bundle), and a text is scored. Adds to results.jsonl if the
+    folder can be written.
+
+    Raises:
+        BundleError: the bundle is incomplete or was changed.
+        RuntimeFailure: it can't run here.
+    """
+    from xexport.evaluate.validate import validate_bundle
+
+    progress = progress or Silent()
+    try:
+        progress.stage("hash the files")
+        bundle = load(bundle_path)
+        result, rows = validate_bundle(bundle, eval_text, progress)
+    finally:
+        progress.close()
+    return {**result, "recorded": _record(bundle, rows)}
+
+
+def profile(
+    bundle_path: str | Path,
+    *,
+    threads: int | None = None,
+    steps: int | None = None,
+    prefill: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time a bundle on this machine: steps, prefill, load, memory, operators, bandwidth.
+
+    Raises:
+        BundleError, RuntimeFailure: it can't be opened or run.
+    """
+    from xexport.evaluate import suite
+    from xexport.evaluate.corpus import read_corpus
+    from xexport.report.profile import profile_summary
+
+    progress = progress or Silent()
+    try:
+        bundle = load(bundle_path, verify=False)
+        sizes = suite.sizes_for(bundle.manifest.model.parameters)
+        sizes = replace(sizes, steps=steps or sizes.steps, prefill=tuple(prefill or sizes.prefill))
+        corpus = read_corpus(bundle.tokenizer(), bundle.manifest.model.vocab_size, count=1 << 13)
+        setup = suite.setup_for(bundle.manifest, bundle.path.name, corpus, threads)
+        rows = suite.speed(bundle, {}, corpus, setup, sizes, progress, threads=threads or 0)
+    finally:
+        progress.close()
+    figures = profile_summary(bundle.manifest, rows, str(bundle.path))
+    return {**msgspec.to_builtins(figures), "recorded": _record(bundle, rows)}
+
+
+def _record(bundle: Bundle, rows: Sequence[Record]) -> bool:
+    """Keep new measurements in the bundle; a read-only device keeps none, which is no failure."""
+    try:
+        append_records(bundle.path / RESULTS_NAME, rows)
+    except (OSError, OutputError):
+        return False
+    return True
+
+
+def report(bundle_paths: Sequence[str | Path], out: str | Path, *, progress: Progress | None = None) -> Path:
+    """One report over several bundles; the suffix of ``out`` picks HTML, Markdown or JSON.
+
+    Raises:
+        InputError: another suffix, or no bundle.
+        BundleError: a bundle can't be read.
+        OutputError: the file can't be written.
+    """
+    from xexport.report.entries import read_entry
+    from xexport.report.write import write_report
+
+    progress = progress or Silent()
+    progress.stage("report")
+    try:
+        return write_report(Path(out), [read_entry(Path(p)) for p in bundle_paths])
+    finally:
+        progress.close()
+
+
+def inspect(bundle_path: str | Path) -> dict[str, Any]:
+    """What is known about a bundle without running it."""
+    return load(bundle_path, verify=False).inspect()
+
+
+def doctor() -> dict[str, Any]:
+    """What this machine and installation can do."""
+    from xexport.runtimes.doctor import facts
+
+    return facts()
+
+
+def models() -> list[dict[str, Any]]:
+    """The families: name, title, and whether a trained checkpoint is shipped. Imports no torch."""
+    from xexport.zoo import checkpoint_path
+
+    return [
+        {"name": n, "title": family_title(n), "zoo": checkpoint_path(n) is not None} for n in family_names()
+    ]
+
+
+def targets() -> list[dict[str, Any]]:
+    """The targets as rows."""
+    return [get_target(n).row() for n in target_names()]

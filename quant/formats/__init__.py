@@ -1,0 +1,63 @@
+"""One storage format a file: ``apply(context, value) -> Stored`` rewrites the graph around one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from xexport.quant.spool import Spool
+
+__all__ = ["Context", "Format", "Refusal", "Stored", "formats"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a format needs: the model it rewrites and the scratch file for its tensors."""
+
+    model: ir.Model
+    spool: Spool
+
+    def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """Register a new initializer."""
+        tensor.name = name
+        value = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(tensor.shape.numpy()),
+            const_value=tensor,
+        )
+        self.model.graph.register_initializer(value)
+        return value
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a weight ended up: the exact format with its parameters, its bytes and its error."""
+
+    format: str
+    bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a format can't be used for a weight; it then stays in fp32."""
+
+    reason: str
+
+
+Format = Callable[[Context, ir.Value], Stored | Refusal]
+
+
+def formats() -> dict[str, Format]:
+    """Format name -> the function that applies it."""
+    from xexport.quant.formats import block, half, rows
+
+    return {
+        "float16": half.apply,
+        "int8-rows": rows.apply,
+        "int8-block": block.apply_int8,
+        "int4-block": block.apply_int4,
+    }

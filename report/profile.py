@@ -1,0 +1,49 @@
+"""The figures of one profiling run as one plain object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from xexport.core.manifest import Manifest
+from xexport.core.records import Bandwidth, Memory, OpTimes, Record
+from xexport.core.stats import finite_or_none as number
+from xexport.report.entries import last_of
+from xexport.report.jsonout import summary
+
+__all__ = ["profile_summary"]
+
+
+def profile_summary(manifest: Manifest, records: Sequence[Record], bundle: str) -> dict[str, Any]:
+    """What ``xexport profile --json`` prints.
+
+    Keys: model, target, bundle, bytes, latency, peak_rss, operators[{op, us_per_step, nodes}],
+    placement{provider: nodes}, bandwidth{bytes_per_s, fraction_of_floor}, environment.
+    """
+    whole = summary(manifest, records, bundle)
+    ops = next((r for r in records if isinstance(r, OpTimes) and r.form == "step"), None)
+    memory = last_of(records, Memory)
+    step = whole["latency"]["step_ms"]["p50"]
+    return {
+        **{key: whole[key] for key in ("model", "target", "bundle", "bytes", "latency")},
+        "peak_rss": memory.peak_rss if memory else None,
+        "operators": [{"op": op, "us_per_step": number(us), "nodes": nodes} for op, us, nodes in ops.by_op]
+        if ops
+        else [],
+        "placement": ops.placement if ops else {},
+        "bandwidth": _bandwidth(last_of(records, Bandwidth), step),
+        "environment": records[-1].setup.environment if records else None,
+    }
+
+
+def _bandwidth(row: Bandwidth | None, step_ms: float | None) -> dict[str, Any] | None:
+    """How near the step is to the time it takes just to read the weights."""
+    if row is None:
+        return None
+    floor_ms = row.bytes_per_token / row.bytes_per_s * 1e3
+    return {
+        "bytes_per_s": number(row.bytes_per_s),
+        "bytes_per_token": row.bytes_per_token,
+        "floor_ms": number(floor_ms),
+        "fraction_of_floor": number(floor_ms / step_ms) if step_ms else None,
+    }

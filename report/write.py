@@ -1,0 +1,45 @@
+"""Writing a report: the suffix of the file picks the form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from xexport.core.errors import InputError, OutputError
+from xexport.core.manifest import Manifest
+from xexport.core.records import Record
+from xexport.report.jsonout import report_json
+
+__all__ = ["write_report"]
+
+_SUFFIXES = (".html", ".md", ".json")
+
+
+def write_report(path: Path, entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> Path:
+    """Write the report on some bundles and return where it is.
+
+    Raises:
+        InputError: an unknown suffix, or no bundle.
+        OutputError: the file can't be written.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise InputError("unknown kind of report", got=path.name, allowed=", ".join(_SUFFIXES))
+    if not entries:
+        raise InputError("a report needs at least one bundle")
+    if path.suffix == ".html":
+        from xexport.report.html import write_html
+
+        write_html(path, entries)
+        return path
+    if path.suffix == ".md":
+        from xexport.report.markdown import render_markdown
+
+        text = render_markdown(entries)
+    else:
+        text = json.dumps(report_json(entries), indent=2) + "\n"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError("the report can't be written", got=f"{path}: {error.strerror}") from error
+    return path
