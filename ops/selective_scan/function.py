@@ -1,0 +1,102 @@
+"""ONNX bodies of ``xexport::selective_scan``: one step, a Scan, and a choice by T."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+
+from xexport.core.op import Body, OpSpec
+from xexport.ops.builder import BodyBuilder
+
+__all__ = ["SPEC"]
+
+_INPUTS = ("u", "dt", "A", "B", "C", "D", "state")
+_OUTPUTS = ("y", "new_state")
+_Nodes = Callable[[BodyBuilder], tuple[str, str]]
+
+
+def _tensor(name: str, rank: int) -> onnx.ValueInfoProto:
+    """Typed and ranked, as OpenVINO wants the interface of a Scan body."""
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank)
+
+
+def _step_nodes(g: BodyBuilder) -> tuple[str, str]:
+    """T = 1: [B,1,D] and [B,1,N] become columns by one transpose that moves no data."""
+
+    def column(name: str) -> str:
+        return g.op("Transpose", name, perm=[0, 2, 1])
+
+    # Gather, so that shape inference also accepts this branch of "auto" where T is known not to be 1
+    dt = g.op("Unsqueeze", g.op("Gather", "dt", g.const(0, np.int64), axis=1), g.ints(-1))
+    decay = g.op("Exp", g.op("Mul", dt, "A"))
+    added = g.op("MatMul", column(g.op("Mul", "dt", "u")), "B")
+    state = g.op("Add", g.op("Mul", decay, "state"), added)
+    read = column(g.op("MatMul", state, column("C")))
+    return g.op("Add", read, g.op("Mul", "u", "D")), state
+
+
+def _scan_nodes(g: BodyBuilder) -> tuple[str, str]:
+    """One Scan step a token, on axis 0; columns are made once, outside; A travels as loop state."""
+    last = g.ints(-1)
+
+    def first(name: str) -> str:
+        return g.op("Transpose", name, perm=[1, 0, 2])
+
+    sequences = [
+        g.op("Unsqueeze", first("dt"), last),
+        g.op("Unsqueeze", first(g.op("Mul", "dt", "u")), last),
+        g.op("Unsqueeze", first("B"), g.ints(2)),
+        g.op("Unsqueeze", first("C"), last),
+    ]
+    body = BodyBuilder("scan")
+    h_in, a_in, dt, q, b_row, c_col = (body.fresh(x) for x in ("h", "A", "dt", "q", "B", "C"))
+    decay = body.op("Exp", body.op("Mul", dt, a_in))
+    h_out = body.op("Add", body.op("Mul", decay, h_in), body.op("MatMul", q, b_row))
+    y_t = body.op("MatMul", h_out, c_col)
+    a_out = body.op("Identity", a_in)
+    graph = body.graph(
+        "selective_scan_token",
+        [_tensor(h_in, 3), _tensor(a_in, 2), *(_tensor(n, 3) for n in (dt, q, b_row, c_col))],
+        [_tensor(h_out, 3), _tensor(a_out, 2), _tensor(y_t, 3)],
+    )
+    state, _, rows = g.multi("Scan", "state", "A", *sequences, outs=3, body=graph, num_scan_inputs=4)
+    read = g.op("Transpose", g.op("Squeeze", rows, last), perm=[1, 0, 2])
+    return g.op("Add", read, g.op("Mul", "u", "D")), state
+
+
+def _auto_nodes(g: BodyBuilder) -> tuple[str, str]:
+    """If T is 1 the step, else the Scan."""
+    is_step = g.op("Equal", g.op("Shape", "u", start=1, end=2), g.ints(1))
+    branches = {}
+    for branch, nodes in (("then_branch", _step_nodes), ("else_branch", _scan_nodes)):
+        inner = BodyBuilder(branch[:4])
+        branches[branch] = inner.graph(branch, [], [_tensor(n, 3) for n in nodes(inner)])
+    y, state = g.multi("If", is_step, outs=2, **branches)
+    return y, state
+
+
+def _body(nodes: _Nodes, opset: int) -> onnx.FunctionProto:
+    g = BodyBuilder("selective_scan")
+    y, state = nodes(g)
+    g.op("Identity", y, out=_OUTPUTS[0])
+    g.op("Identity", state, out=_OUTPUTS[1])
+    return g.function("selective_scan", _INPUTS, _OUTPUTS, opset)
+
+
+SPEC = OpSpec(
+    name="selective_scan",
+    inputs=_INPUTS,
+    outputs=_OUTPUTS,
+    bodies={
+        "auto": Body(
+            lambda opset: _body(_auto_nodes, opset),
+            "one graph for both uses: the step body at T = 1, a Scan for prefill",
+        ),
+        "step": Body(lambda opset: _body(_step_nodes, opset), "static T = 1 graphs: no loop and no branch"),
+        "scan": Body(
+            lambda opset: _body(_scan_nodes, opset), "any T: one loop step a token, five kernels each"
+        ),
+    },
+)
