@@ -16,10 +16,10 @@ __all__ = ["causal_conv", "fft_conv", "fft_sizes"]
 def fft_sizes(length: int) -> tuple[int, int]:
     """Factors (n1, n2), n1 even, of the transform that convolves ``length`` points: n1*n2 >= 2*length.
 
-    n1 > n2, as the first factor works on real, half-empty input and is the cheaper one.
+    n1 is the larger, as the first product works on real, half-empty input and is the cheaper one.
     """
     bits = max((2 * length - 1).bit_length(), 2)
-    low = max((bits - 2) // 2, 1)
+    low = max((bits - 1) // 2, 1)
     return 1 << (bits - low), 1 << low
 
 

@@ -1,0 +1,184 @@
+"""ONNX bodies of gated linear attention with one decay a head, for runtimes without the contrib operator.
+
+ONNX Runtime from 1.31 has com.microsoft LinearAttention and ignores the local function of that name;
+older ones, and other runtimes, run it. Inside a chunk of C tokens, with ``c`` the running sum of the
+decays (arXiv 2312.06635, section 4.1):
+
+    o_t = scale * ( sum_{s<=t} exp(c_t - c_s) (q_t.k_s) v_s  +  exp(c_t) S^T q_t )
+    S'  = exp(c_C) S + sum_s exp(c_C - c_s) k_s v_s^T
+
+Every exponent is 0 or below, so nothing overflows. A short last chunk is padded with k = v = g = 0,
+which leaves the state as it is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from xexport.core.op import Body, OpSpec
+from xexport.ops.builder import BodyBuilder
+
+__all__ = ["SPEC"]
+
+_INPUTS = ("q", "k", "v", "state", "decay")
+_OUTPUTS = ("out", "new_state")
+_ATTRIBUTES = {"q_num_heads": "int", "kv_num_heads": "int", "scale": "float", "update_rule": "string"}
+_CHUNK = 64
+
+
+def _heads(b: BodyBuilder, x: str, lead: str) -> str:
+    """``x [...]`` reshaped to ``lead + [H,-1]``."""
+    heads = b.op("Unsqueeze", b.attribute("q_num_heads", "int"), b.ints(0))
+    return b.op("Reshape", x, b.op("Concat", lead, heads, b.ints(-1), axis=0))
+
+
+def _inside(b: BodyBuilder, q: str, k: str, v: str, decay: str) -> tuple[str, str, str, str]:
+    """One chunk, or many at once: ``q, k, v [...,H,C,*]`` and ``decay [...,H,C,1]``.
+
+    Returns the output from inside the chunk ``[...,C,V]``, q faded for the state before it
+    ``[...,C,K]``, the state's increment ``[...,K,V]`` and its decay ``[...,1,1]``.
+    """
+    running = b.op("CumSum", decay, b.const(-2, np.int64))
+    total = b.op("ReduceSum", decay, b.ints(-2))
+    rank = _swap(b, running)
+    zero = b.const(0.0, np.float32)
+    fade = b.op("Exp", b.op("Min", b.op("Sub", running, rank), zero))
+    scores = b.op("MatMul", q, _swap(b, k))
+    out = b.op("MatMul", b.op("Mul", b.op("Trilu", fade, upper=0), scores), v)
+    faded_q = b.op("Mul", q, b.op("Exp", running))
+    faded_k = b.op("Mul", k, b.op("Exp", b.op("Sub", total, running)))
+    return out, faded_q, b.op("MatMul", _swap(b, faded_k), v), b.op("Exp", total)
+
+
+def _swap(b: BodyBuilder, x: str) -> str:
+    """The last two axes of ``x [n,B,H,.,.]`` swapped."""
+    return b.op("Transpose", x, perm=[0, 1, 2, 4, 3])
+
+
+def _chunks(b: BodyBuilder, x: str, padding: str, lead: str) -> str:
+    """``x [B,T,H*X]`` as ``[n,B,H,C,X]``; ``lead`` is ``[B,n,C]``, ``padding`` what T lacks to n*C."""
+    pads = b.op("Concat", b.ints(0, 0, 0, 0), padding, b.ints(0), axis=0)
+    return b.op("Transpose", _heads(b, b.op("Pad", x, pads), lead), perm=[1, 0, 3, 2, 4])
+
+
+def _joined(b: BodyBuilder, x: str, length: str, shape: str, out: str) -> None:
+    """Undo :func:`_chunks`: ``x [n,B,H,C,V]`` as ``out [B,T,H*V]``."""
+    flat = b.op("Reshape", b.op("Transpose", x, perm=[1, 0, 3, 2, 4]), shape)
+    b.op("Slice", flat, b.ints(0), length, b.ints(1), out=out)
+
+
+def _whole(b: BodyBuilder, size: str) -> None:
+    """The body for chunks of ``size`` (an int64 vector of one)."""
+    batch, length = (b.op("Shape", "q", start=i, end=i + 1) for i in (0, 1))
+    one = b.ints(1)
+    count = b.op("Div", b.op("Sub", b.op("Add", length, size), one), size)
+    lead = b.op("Concat", batch, count, size, axis=0)
+    padded = b.op("Mul", count, size)
+    padding = b.op("Sub", padded, length)
+    q, k, v, decay = (_chunks(b, x, padding, lead) for x in ("q", "k", "v", "decay"))
+    q = b.op("Mul", q, b.attribute("scale", "float"))
+    out, faded_q, increment, keep = _inside(b, q, k, v, decay)
+    _, before = b.multi(
+        "Scan",
+        "state",
+        keep,
+        increment,
+        outs=["new_state", b.fresh("before")],
+        body=_carry(),
+        num_scan_inputs=2,
+    )
+    out = b.op("Add", out, b.op("MatMul", faded_q, before))
+    shape = b.op("Concat", batch, padded, b.ints(-1), axis=0)
+    _joined(b, out, length, shape, "out")
+
+
+def _carry() -> onnx.GraphProto:
+    """Scan body: the state from chunk to chunk, and what it was before each."""
+    b = BodyBuilder("carry")
+    state, keep, increment = b.fresh("state"), b.fresh("keep"), b.fresh("increment")
+    before = b.op("Identity", state)
+    after = b.op("Add", b.op("Mul", keep, state), increment)
+    return b.graph("carry", [state, keep, increment], [after, before])
+
+
+def _step(b: BodyBuilder) -> onnx.GraphProto:
+    """If branch for T = 1. It reads token 0, so its shapes agree with the state's for other T too:
+    ONNX Runtime infers them in the branch that is never taken as well.
+    """
+    shape, first = b.op("Shape", "q", start=0, end=1), b.const(0, np.int64)
+    q, k, v, decay = (_heads(b, b.op("Gather", x, first, axis=1), shape) for x in ("q", "k", "v", "decay"))
+    last, row = b.ints(-1), b.ints(-2)
+    keep = b.op("Exp", b.op("Unsqueeze", decay, last))
+    pair = b.op("Mul", b.op("Unsqueeze", k, last), b.op("Unsqueeze", v, row))
+    state = b.op("Add", b.op("Mul", keep, "state"), pair)
+    scaled = b.op("Unsqueeze", b.op("Mul", q, b.attribute("scale", "float")), row)
+    out = b.op("Reshape", b.op("MatMul", scaled, state), b.op("Concat", shape, b.ints(1, -1), axis=0))
+    return b.graph("step", [], [out, state])
+
+
+def _chunked(opset: int) -> onnx.FunctionProto:
+    b = BodyBuilder("linatt")
+    length = b.op("Shape", "q", start=1, end=2)
+    many = BodyBuilder("many")
+    _whole(many, many.op("Min", length, many.ints(_CHUNK)))
+    b.multi(
+        "If",
+        b.op("Squeeze", b.op("Equal", length, b.ints(1))),
+        outs=_OUTPUTS,
+        then_branch=_step(BodyBuilder("step")),
+        else_branch=_renamed(many),
+    )
+    return _function(b, opset)
+
+
+def _renamed(b: BodyBuilder) -> onnx.GraphProto:
+    """The nodes of :func:`_whole` as a branch: a branch's outputs can't bear the names of its If's."""
+    names = {name: b.fresh(name) for name in _OUTPUTS}
+    for node in b.nodes:
+        for i, name in enumerate(node.output):
+            node.output[i] = names.get(name, name)
+    return b.graph("many", [], list(names.values()))
+
+
+def _parallel(opset: int) -> onnx.FunctionProto:
+    b = BodyBuilder("linatt")
+    batch, length = (b.op("Shape", "q", start=i, end=i + 1) for i in (0, 1))
+    lead = b.op("Concat", b.ints(1), batch, length, axis=0)
+    heads = [_heads(b, x, lead) for x in ("q", "k", "v", "decay")]
+    q, k, v, decay = (b.op("Transpose", x, perm=[0, 1, 3, 2, 4]) for x in heads)
+    q = b.op("Mul", q, b.attribute("scale", "float"))
+    out, faded_q, increment, keep = _inside(b, q, k, v, decay)
+    out = b.op("Add", out, b.op("MatMul", faded_q, "state"))
+    joined = b.op("Transpose", b.op("Squeeze", out, b.ints(0)), perm=[0, 2, 1, 3])
+    b.op("Reshape", joined, b.ints(0, 0, -1), out="out")
+    state = b.op("Add", b.op("Mul", keep, "state"), increment)
+    b.op("Squeeze", state, b.ints(0), out="new_state")
+    return _function(b, opset)
+
+
+def _function(b: BodyBuilder, opset: int) -> onnx.FunctionProto:
+    return b.function(
+        "LinearAttention", _INPUTS, _OUTPUTS, opset, attributes=tuple(_ATTRIBUTES), domain="com.microsoft"
+    )
+
+
+SPEC = OpSpec(
+    name="linear_attention",
+    inputs=_INPUTS,
+    outputs=_OUTPUTS,
+    attributes=_ATTRIBUTES,
+    domain="com.microsoft",
+    op_type="LinearAttention",
+    bodies={
+        "chunked": Body(
+            _chunked,
+            "ONNX Runtime's own LinearAttention runs where it exists (1.31 on); elsewhere chunks of 64 as "
+            "products, the state carried by a Scan",
+        ),
+        "parallel": Body(
+            _parallel,
+            "no control flow, for providers without Scan and If; memory grows with the square of the chunk",
+        ),
+    },
+)
