@@ -104,7 +104,9 @@ def export(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Export MODEL for a target: a folder with the graph, its weights, and what was measured.
+    """Export MODEL for a target.
+
+    It writes a folder with the graph, its weights, the tokenizer, what was measured, and a report.
 
     The word "export" may be left out. The export is checked against PyTorch, also fed in chunks;
     it is written to a temporary folder and renamed, so a failure leaves nothing behind.
@@ -143,7 +145,7 @@ def export(
 @cli.command()
 @_json_option
 def models(as_json: bool) -> None:
-    """List the models xexport knows, with their sizes."""
+    """List the models xexport knows."""
     from xexport import pipeline
 
     _print("models", {"models": pipeline.models()}, as_json)
@@ -152,7 +154,7 @@ def models(as_json: bool) -> None:
 @cli.command()
 @_json_option
 def targets(as_json: bool) -> None:
-    """List the targets: runtime, precision, and what each is for."""
+    """List the targets a model can be exported for."""
     from xexport import pipeline
 
     _print("targets", {"targets": pipeline.targets()}, as_json)
@@ -162,9 +164,10 @@ def targets(as_json: bool) -> None:
 @click.argument("bundle", type=_PATH)
 @_json_option
 def inspect(bundle: Path, as_json: bool) -> None:
-    """Show what is in BUNDLE: model, state, formats of the weights, operators, measured figures.
+    """Show what is in BUNDLE.
 
-    Every file's SHA-256 is checked on the way.
+    Model, state, formats of the weights, operators, checks and figures, from its manifest; nothing
+    is run. `xexport validate` also hashes the files and runs them.
 
     \b
     xexport inspect rwkv-cpu-int8
@@ -204,7 +207,9 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Generate text with BUNDLE; it streams to stdout, the speed follows on stderr. Needs no torch.
+    """Generate text with BUNDLE.
+
+    The text streams to stdout, the speed follows on stderr. Needs no torch.
 
     \b
     xexport run rwkv-cpu-int8 --prompt "Call me " --temperature 0.8 --top-p 0.9 --seed 0
@@ -246,9 +251,10 @@ def run(
 @_json_option
 @_quiet_option
 def validate(bundle: Path, eval_text: Path | None, as_json: bool, quiet: bool) -> None:
-    """Check BUNDLE on this machine: files, agreement with PyTorch's logits, chunks against whole.
+    """Check BUNDLE on this machine.
 
-    Needs no torch: the reference logits are in the bundle.
+    Files against their hashes, logits against those PyTorch gave at export (they travel with the
+    bundle, so this needs no torch), chunks against whole, bits per byte of a text.
 
     \b
     xexport validate rwkv-cpu-int8
@@ -265,21 +271,25 @@ def validate(bundle: Path, eval_text: Path | None, as_json: bool, quiet: bool) -
 @click.argument("bundle", type=_PATH)
 @click.option("--threads", type=int, default=None, help="0 takes every core.")
 @click.option("--steps", type=int, default=None, help="How many single tokens to time.")
-@click.option("--prefill", type=int, default=None, help="Length of the prefill to time.")
+@click.option("--prefill", type=int, multiple=True, help="Length of a prefill to time; may be repeated.")
 @_json_option
 @_quiet_option
 def profile(
-    bundle: Path, threads: int | None, steps: int | None, prefill: int | None, as_json: bool, quiet: bool
+    bundle: Path, threads: int | None, steps: int | None, prefill: tuple[int, ...], as_json: bool, quiet: bool
 ) -> None:
-    """Time BUNDLE on this machine: steps, prefill, loading, memory, time per operator.
+    """Time BUNDLE on this machine.
+
+    Single tokens, prefill, loading, memory, and where the time goes by operator.
 
     \b
-    xexport profile rwkv-cpu-int8 --threads 1 --steps 500
+    xexport profile rwkv-cpu-int8 --threads 1 --steps 500 --prefill 64 --prefill 512
     """
     from xexport import pipeline
 
     with _working(quiet) as progress:
-        record = pipeline.profile(bundle, threads=threads, steps=steps, prefill=prefill, progress=progress)
+        record = pipeline.profile(
+            bundle, threads=threads, steps=steps, prefill=prefill or None, progress=progress
+        )
     _print("profile", record, as_json)
 
 
@@ -296,7 +306,9 @@ def profile(
 @_json_option
 @_quiet_option
 def report(bundles: tuple[Path, ...], out: Path, as_json: bool, quiet: bool) -> None:
-    """Write one report that compares BUNDLEs; the format follows the name's ending.
+    """Write one report that compares BUNDLEs.
+
+    The ending of the name picks the format: .html (one file, works offline), .md or .json.
 
     \b
     xexport report rwkv-cpu-fp32 rwkv-cpu-int8 rwkv-cpu-int4 -o compare.html
@@ -311,7 +323,10 @@ def report(bundles: tuple[Path, ...], out: Path, as_json: bool, quiet: bool) -> 
 @cli.command()
 @_json_option
 def doctor(as_json: bool) -> None:
-    """Say what this machine has: versions, processor, native kernels, which targets run here."""
+    """Say what this machine has and what runs here.
+
+    Versions, processor, memory, native kernels or why there are none, and every target.
+    """
     from xexport import pipeline
 
     _print("doctor", pipeline.doctor(), as_json)

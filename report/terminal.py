@@ -163,7 +163,9 @@ def _doctor(data: Record) -> Iterable[RenderableType]:
 
 
 def _targets(data: Record) -> Iterable[RenderableType]:
-    yield _rows("targets", data["targets"])
+    keys = ("name", "description", "precision", "runtime", "provider", "runs_here", "why_not")
+    rows = [{k: row[k] for k in keys if k in row} for row in data["targets"]]
+    yield _rows("targets", rows)
 
 
 def _models(data: Record) -> Iterable[RenderableType]:

@@ -79,6 +79,8 @@ class Generation(Iterator[str]):
             raise InputError("generation needs a stream of batch 1", got=runner.batch)
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 0:
             raise InputError("bad max_tokens", got=max_tokens, allowed="an integer, 0 or more")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise InputError("bad seed", got=seed, allowed="an integer, 0 or more")
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         self._prompt = check_tokens(_not_empty(ids), 1, runner.vocab_size)
         check_limit(runner.position, self._prompt.shape[1], runner.max_tokens)
