@@ -75,7 +75,7 @@ class MambaConfig:
 
 PRESETS = {
     "tiny": MambaConfig(2, 24, 61, state_size=4, dt_rank=3),
-    "zoo": MambaConfig(6, 192, 256),
+    "zoo": MambaConfig(6, 160, 256),
     "130m": MambaConfig(24, 768),
     "370m": MambaConfig(48, 1024),
     "790m": MambaConfig(48, 1536),

@@ -85,7 +85,7 @@ class RwkvConfig:
 
 PRESETS = {
     "tiny": RwkvConfig(2, 32, 61, 16, 72, 8, 8, 4, 12),
-    "zoo": RwkvConfig(4, 192, 256, 64, 640, 32, 16, 16, 32),
+    "zoo": RwkvConfig(4, 160, 256, 32, 480, 32, 16, 16, 32),
     "0.1B": RwkvConfig(12, 768),
     "0.4B": RwkvConfig(24, 1024),
     "1.5B": RwkvConfig(24, 2048, decay_rank=96, iclr_rank=96, value_rank=64, gate_rank=256),
@@ -291,44 +291,10 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
         family="rwkv",
         config=config,
         tensors=tensors,
-        tokenizer="bytes"
-        if config.vocab_size == 256
-        else "rwkv_world"
-        if config.vocab_size == 65536
-        else None,
+        tokenizer="bytes" if config.vocab_size == 256 else None,
         source=str(raw.path),
         notes=notes,
     )
-
-
-@torch.no_grad()
-def _init(module: Rwkv, seed: int) -> None:
-    """The initial values of [2], deterministic in ``seed``.
-
-    Where [2] starts a matrix at zero (w1, a1, v1, g1, output, ffn.value) a small random value is used:
-    training is the same after a few steps, and a random-weights export exercises every path.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    C, L = module.config.width, module.config.layers
-    ramp = torch.arange(C) / C
-    for name, p in module.named_parameters():
-        leaf = name.rsplit("att.", 1)[-1].rsplit("ffn.", 1)[-1]
-        layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
-        depth, height = layer / max(L - 1, 1), 1 - layer / L
-        if leaf.startswith("x_"):
-            power = height**4 if ".ffn." in name else height * _SHIFT_POWER[leaf]
-            value = 1 - ramp**power
-        elif leaf in _VECTOR_INIT:
-            value = _VECTOR_INIT[leaf](C, module.config.head_size, depth)  # type: ignore[no-untyped-call]
-        elif leaf == "r_k":
-            value = torch.full(p.shape, -0.04)
-        elif p.dim() == 1:
-            value = torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0)
-            if leaf == "ln_x.weight":
-                value.fill_(((1 + layer) / L) ** 0.7)
-        else:
-            value = _matrix_init(leaf, p.shape, C, generator)
-        p.copy_(value.reshape(p.shape))
 
 
 _SHIFT_POWER = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
@@ -368,6 +334,36 @@ def _matrix_init(leaf: str, shape: torch.Size, C: int, generator: torch.Generato
     if leaf == "emb.weight":
         bound = 0.02
     return value.uniform_(-bound, bound, generator=generator)
+
+
+@torch.no_grad()
+def _init(module: Rwkv, seed: int) -> None:
+    """The initial values of [2], deterministic in ``seed``.
+
+    Where [2] starts a matrix at zero (w1, a1, v1, g1, output, ffn.value) a small random value is used:
+    training is the same after a few steps, and a random-weights export exercises every path.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    C, L = module.config.width, module.config.layers
+    ramp = torch.arange(C) / C
+    for name, p in module.named_parameters():
+        leaf = name.rsplit("att.", 1)[-1].rsplit("ffn.", 1)[-1]
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+        depth, height = layer / max(L - 1, 1), 1 - layer / L
+        if leaf.startswith("x_"):
+            power = height**4 if ".ffn." in name else height * _SHIFT_POWER[leaf]
+            value = 1 - ramp**power
+        elif leaf in _VECTOR_INIT:
+            value = _VECTOR_INIT[leaf](C, module.config.head_size, depth)  # type: ignore[no-untyped-call]
+        elif leaf == "r_k":
+            value = torch.full(p.shape, -0.04)
+        elif p.dim() == 1:
+            value = torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0)
+            if leaf == "ln_x.weight":
+                value.fill_(((1 + layer) / L) ** 0.7)
+        else:
+            value = _matrix_init(leaf, p.shape, C, generator)
+        p.copy_(value.reshape(p.shape))
 
 
 def _from_training(config: RwkvConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
