@@ -7,7 +7,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -392,19 +391,20 @@ def test_light_commands_load_no_heavy_package(args: str) -> None:
     "args", [("-c", "import xexport"), ("-m", "xexport.cli", "--help")], ids=["import", "help"]
 )
 def test_start_is_fast(args: tuple[str, ...]) -> None:
-    """0.3 s; a loaded machine gets a factor, and the bare interpreter's own start is taken off."""
+    """0.3 s of processor time: unlike the clock on the wall it is nearly the same on a busy machine."""
 
     def seconds(command: tuple[str, ...]) -> float:
         times = []
         for _ in range(5):
-            began = time.perf_counter()
+            before = os.times()
             assert _python(*command).returncode == 0
-            times.append(time.perf_counter() - began)
+            after = os.times()
+            spent = after.children_user + after.children_system
+            times.append(spent - before.children_user - before.children_system)
         return statistics.median(times)
 
-    bare = seconds(("-c", "pass"))
-    slack = 4.0 if os.environ.get("CI") else 2.0
-    assert seconds(args) - bare < 0.3 * slack
+    slack = 3.0 if os.environ.get("CI") else 1.0
+    assert seconds(args) < 0.3 * slack
 
 
 def test_a_closed_pipe_is_no_traceback(toy_bundle: Path) -> None:
