@@ -9,10 +9,19 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from xexport.core.manifest import Manifest, read_manifest
-from xexport.core.records import Record
+from xexport.core.records import Fidelity, Latency, OpTimes, Record
 from xexport.core.results import RESULTS_NAME, read_records
 
-__all__ = ["Entry", "all_of", "last_of", "read_entry"]
+__all__ = [
+    "Entry",
+    "all_of",
+    "fidelity_of",
+    "last_of",
+    "latency_of",
+    "op_times_of",
+    "read_entry",
+    "same_machine",
+]
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -45,3 +54,39 @@ def last_of(records: Sequence[Record], kind: type[R], runner: str = "bundle") ->
     """The newest record of one kind for one runner."""
     found = all_of(records, kind, runner)
     return found[-1] if found else None
+
+
+def fidelity_of(records: Sequence[Record], runner: str = "bundle") -> Fidelity | None:
+    """The newest comparison with a reference that really ran.
+
+    A later check against logits that travel with the bundle covers a short text only, and counts
+    where there is nothing else.
+    """
+    found = all_of(records, Fidelity, runner)
+    live = [r for r in found if "recorded" not in r.reference]
+    chosen = live or found
+    return chosen[-1] if chosen else None
+
+
+def latency_of(records: Sequence[Record], runner: str = "bundle") -> Latency | None:
+    """The newest times of a runner, on the machine and threads of the bundle's own newest times.
+
+    Times of another machine are no comparison: a bundle may have been profiled again elsewhere.
+    """
+    bundle = last_of(records, Latency, "bundle")
+    found = [r for r in all_of(records, Latency, runner) if r.step_ns]
+    if bundle is not None:
+        found = [r for r in found if same_machine(r, bundle)]
+    return found[-1] if found else None
+
+
+def op_times_of(records: Sequence[Record], form: str) -> OpTimes | None:
+    """The newest profile of one form (``step`` or ``prefill``)."""
+    found = [r for r in all_of(records, OpTimes, "bundle") if r.form == form]
+    return found[-1] if found else None
+
+
+def same_machine(first: Record, second: Record) -> bool:
+    """Whether two rows were measured on the same processor with the same number of threads."""
+    a, b = first.setup.environment, second.setup.environment
+    return (a.cpu, a.threads) == (b.cpu, b.threads)

@@ -8,7 +8,7 @@ from typing import Any
 from xexport.core.manifest import Manifest
 from xexport.core.records import ChunkLaw, Fidelity, Latency, Memory, PairedLatency, Record
 from xexport.core.stats import finite_or_none as number
-from xexport.report.entries import Entry, all_of, last_of
+from xexport.report.entries import Entry, all_of, fidelity_of, last_of
 
 __all__ = ["report_json", "summary", "warnings_of"]
 
@@ -25,7 +25,7 @@ def summary(manifest: Manifest, records: Sequence[Record], bundle: str | None = 
     Args:
         bundle: path to print; None: the name in the newest record.
     """
-    fidelity = last_of(records, Fidelity)
+    fidelity = fidelity_of(records)
     latency = last_of(records, Latency)
     law = last_of(records, ChunkLaw)
     memory = last_of(records, Memory)
@@ -87,7 +87,7 @@ def warnings_of(manifest: Manifest, records: Sequence[Record]) -> list[str]:
 
 
 def _fidelity(records: Sequence[Record], bundle: Fidelity | None) -> dict[str, Any]:
-    onnx = last_of(records, Fidelity, "onnx")
+    onnx = fidelity_of(records, "onnx")
     either = bundle or onnx
     columns: dict[str, tuple[float, float]] = {}
     if either:

@@ -1,0 +1,281 @@
+"""Plotly figures as plain JSON; colours of text and grid are set by the page, which knows its theme."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from xexport.core.extras import require
+from xexport.core.manifest import Manifest
+from xexport.core.records import Drift, OpTimes, Record
+from xexport.report import format as fmt
+from xexport.report.entries import last_of, latency_of
+from xexport.report.pareto import Point, front, points
+from xexport.report.tables import sizes_by_role
+
+__all__ = [
+    "drift_kl",
+    "drift_state",
+    "latency_ecdf",
+    "op_times",
+    "plotly_js",
+    "position_times",
+    "scatter",
+    "sizes",
+]
+
+#: Readable on light and dark, told apart by the colour blind (after Okabe and Ito).
+COLOURS = ("#0a84c6", "#d9822b", "#1f9e77", "#c2569b", "#7a6ff0", "#b8a100", "#8a8f98")
+RUNNERS = {
+    "torch": ("PyTorch", "#8a8f98"),
+    "onnx": ("ONNX fp32", "#d9822b"),
+    "bundle": ("this bundle", "#0a84c6"),
+}
+_OPS_SHOWN = 14
+
+
+def plotly_js() -> str:
+    """The plotting library itself, to be inlined once.
+
+    Raises:
+        MissingDependencyError: plotly is not installed.
+    """
+    require("plotly", extra="report", why="to draw the report's charts")
+    from plotly.offline import get_plotlyjs
+
+    text: str = get_plotlyjs()
+    return text
+
+
+def scatter(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str | None:
+    """Bits per byte against step time, every runner of every bundle, with the Pareto front."""
+    found = points(entries)
+    if not found:
+        return None
+    traces = []
+    for index, model in enumerate(dict.fromkeys(p.model for p in found)):
+        group = [p for p in found if p.model == model]
+        colour = COLOURS[index % len(COLOURS)]
+        traces.append(_point_trace(model, group, colour))
+    best = front(found)
+    if len(best) > 1:
+        # hv: between two points of the front nothing better than the worse of them was measured
+        line = {"color": "rgba(128,128,128,.8)", "dash": "dot", "width": 1.5, "shape": "hv"}
+        traces.insert(
+            0,
+            _trace("scatter", x=[p.ms for p in best], y=[p.bits for p in best], mode="lines", line=line,
+                   name="Pareto front", hoverinfo="skip"),
+        )  # fmt: skip
+    layout = {
+        "xaxis": {"title": {"text": "step time, median (ms) – less is better"}, "type": "log"},
+        "yaxis": {"title": {"text": "bits per byte – less is better"}},
+        "height": 430,
+    }
+    return _figure(traces, layout)
+
+
+def _point_trace(model: str, group: list[Point], colour: str) -> Any:
+    symbols = {"torch": "circle-open", "onnx": "diamond-open", "bundle": "circle"}
+    return _trace(
+        "scatter",
+        x=[p.ms for p in group],
+        y=[p.bits for p in group],
+        mode="markers+text",
+        name=model,
+        text=[p.label for p in group],
+        textposition="top center",
+        marker={
+            "color": colour,
+            "size": 13,
+            "symbol": [symbols[p.runner] for p in group],
+            "line": {"width": 2},
+        },
+        error_y={"type": "data", "array": [p.error for p in group], "thickness": 1, "width": 3},
+        customdata=[[p.detail] for p in group],
+        hovertemplate="<b>%{text}</b><br>%{x:.3g} ms, %{y:.4f} bits per byte<br>%{customdata[0]}"
+        "<extra>%{fullData.name}</extra>",
+    )
+
+
+def drift_kl(records: Sequence[Record]) -> str | None:
+    """Mean KL divergence of each window against token index."""
+    return _drift(records, lambda w: w.kl_mean, "mean KL divergence (nats)")
+
+
+def drift_state(records: Sequence[Record]) -> str | None:
+    """Relative error of the worst state tensor where each window ends."""
+    return _drift(records, lambda w: w.worst_state[1], "error of the worst state tensor")
+
+
+def _drift(records: Sequence[Record], value: Any, title: str) -> str | None:
+    traces = []
+    for runner in ("onnx", "bundle"):
+        row = last_of(records, Drift, runner)
+        if row is None:
+            continue
+        name, colour = RUNNERS[runner]
+        values = [value(w) for w in row.windows]
+        shown = [v if math.isfinite(v) and v > 0 else None for v in values]
+        if not any(v is not None for v in shown):
+            continue
+        labels = [
+            f"tokens {w.start:,} to {w.stop:,}<br>worst state {_safe(w.worst_state[0])}" for w in row.windows
+        ]
+        traces.append(
+            _trace("scatter", x=[w.stop for w in row.windows], y=shown, mode="lines+markers", name=name,
+                   line={"color": colour, "width": 2}, text=labels, connectgaps=False,
+                   hovertemplate="%{text}<br>%{y:.3g}<extra>%{fullData.name}</extra>")
+        )  # fmt: skip
+    if not traces:
+        return None
+    axis = {"type": "log", "exponentformat": "power", "dtick": 1}
+    return _figure(
+        traces,
+        {
+            "xaxis": {"title": {"text": "token index"}, "type": "log"},
+            "yaxis": {"title": {"text": title}, **axis},
+        },
+    )
+
+
+def latency_ecdf(records: Sequence[Record]) -> str | None:
+    """Share of steps that took at most so long, from the raw samples, with p50, p90 and p99."""
+    traces = []
+    for runner, (name, colour) in RUNNERS.items():
+        row = latency_of(records, runner)
+        if row is None:
+            continue
+        samples = sorted(ns / 1e6 for ns in row.step_ns)
+        shares = [(i + 1) / len(samples) for i in range(len(samples))]
+        line = {"color": colour, "width": 2, "shape": "hv"}
+        hover = "%{y:.1%} of steps within %{x:.4g} ms<extra>%{fullData.name}</extra>"
+        traces.append(
+            _trace("scatter", x=samples, y=shares, mode="lines", name=name, line=line, hovertemplate=hover)
+        )
+        marks = [(q, row.step_ms(q)) for q in (50, 90, 99)]
+        traces.append(
+            _trace("scatter", x=[v for _, v in marks], y=[q / 100 for q, _ in marks], mode="markers",
+                   marker={"color": colour, "size": 8}, showlegend=False, text=[f"p{q}" for q, _ in marks],
+                   hovertemplate="%{text}: %{x:.4g} ms<extra></extra>")
+        )  # fmt: skip
+    if not traces:
+        return None
+    layout = {
+        "xaxis": {"title": {"text": "step time (ms)"}, "type": "log"},
+        "yaxis": {"title": {"text": "share of steps"}, "tickformat": ".0%", "range": [0, 1.02]},
+    }
+    return _figure(traces, layout)
+
+
+def position_times(records: Sequence[Record]) -> str | None:
+    """Median step time along the stream: flat for a state of fixed size, rising for a cache."""
+    traces = []
+    for runner, (name, colour) in RUNNERS.items():
+        row = latency_of(records, runner)
+        if row is None or len(row.positions) < 2:
+            continue
+        traces.append(
+            _trace("scatter", x=[p.position for p in row.positions], y=[p.median_ms for p in row.positions],
+                   mode="lines+markers", name=name, line={"color": colour, "width": 2},
+                   hovertemplate="token %{x}: %{y:.4g} ms<extra>%{fullData.name}</extra>")
+        )  # fmt: skip
+    if not traces:
+        return None
+    return _figure(
+        traces,
+        {
+            "xaxis": {"title": {"text": "token index"}},
+            "yaxis": {"title": {"text": "step time, median (ms)"}, "rangemode": "tozero"},
+        },
+    )
+
+
+def op_times(row: OpTimes | None) -> str | None:
+    """Time a call by operator, the dearest first, and what passes outside the operators."""
+    if row is None or not row.ops:
+        return None
+    ranked = row.by_op
+    bars = [(f"{_safe(op)} ({nodes})", us) for op, us, nodes in ranked[:_OPS_SHOWN]]
+    rest = sum(us for _, us, _ in ranked[_OPS_SHOWN:])
+    if rest:
+        bars.append((f"{len(ranked) - _OPS_SHOWN} other operators", rest))
+    whole = sum(row.run_ns) / 1e3 / max(row.calls, 1)
+    outside = whole - sum(us for _, us, _ in ranked)
+    if outside > 0:
+        bars.append(("between operators", outside))
+    bars.reverse()
+    colours = [
+        "#8a8f98" if n in ("between operators",) or n.endswith("other operators") else COLOURS[0]
+        for n, _ in bars
+    ]
+    trace = _trace(
+        "bar", x=[us for _, us in bars], y=[n for n, _ in bars], orientation="h", marker={"color": colours},
+        text=[f"{fmt.figure(us)} µs · {us / whole:.0%}" if whole else "" for _, us in bars],
+        textposition="outside", cliponaxis=False, hovertemplate="%{y}: %{x:.4g} µs a call<extra></extra>",
+    )  # fmt: skip
+    layout = {
+        "xaxis": {"title": {"text": "µs a call, under profiling"}, "rangemode": "tozero"},
+        "yaxis": {"automargin": True},
+        "margin": {"r": 90},
+        "height": 110 + 26 * len(bars),
+        "showlegend": False,
+    }
+    return _figure([trace], layout)
+
+
+def sizes(manifest: Manifest) -> str | None:
+    """Bytes of weights by what they do, coloured by how they are stored."""
+    table = sizes_by_role(manifest)
+    if not table:
+        return None
+    totals: dict[str, int] = {}
+    for (role, _), size in table.items():
+        totals[role] = totals.get(role, 0) + size
+    roles = sorted(totals, key=lambda r: totals[r])
+    formats = sorted({f for _, f in table}, key=lambda f: -sum(b for (_, g), b in table.items() if g == f))
+    names = [_safe(r).replace("_", " ") for r in roles]
+    traces = [
+        _trace("bar", y=names, x=[table.get((r, f), 0) / 1e6 for r in roles], orientation="h", name=_safe(f),
+               marker={"color": COLOURS[i % len(COLOURS)]},
+               hovertemplate="%{y}: %{x:.4g} MB<extra>%{fullData.name}</extra>")
+        for i, f in enumerate(formats)
+    ]  # fmt: skip
+    layout = {
+        "barmode": "stack",
+        "xaxis": {"title": {"text": "MB of weights"}},
+        "yaxis": {"automargin": True},
+        "height": 130 + 28 * len(roles),
+        "showlegend": True,
+    }
+    return _figure(traces, layout)
+
+
+def _trace(kind: str, **fields: Any) -> Any:
+    """A trace, checked by plotly: a misspelt property raises here and not in the reader's browser."""
+    require("plotly", extra="report", why="to draw the report's charts")
+    from plotly import graph_objects
+
+    return {"scatter": graph_objects.Scatter, "bar": graph_objects.Bar}[kind](**fields)
+
+
+def _figure(traces: list[Any], layout: dict[str, Any]) -> str:
+    from plotly import graph_objects
+
+    base: dict[str, Any] = {
+        "height": 330,
+        "margin": {"l": 60, "r": 20, "t": 36, "b": 50},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "hovermode": "closest",
+        "template": None,
+    }
+    figure = graph_objects.Figure(data=traces, layout=base | layout)
+    # Untrusted names are in here: no "<" may reach the page, where it could end the script element.
+    text: str = json.dumps(json.loads(figure.to_json()), separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _safe(text: str) -> str:
+    """A name for a label: plotly reads some HTML in labels."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,196 @@
+"""One bundle as a page shows it: every text, table and figure, made from manifest and records."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from xexport.core.manifest import Manifest
+from xexport.core.records import ChunkLaw, Fidelity, Latency, Memory, Record
+from xexport.report import format as fmt
+from xexport.report import tables
+from xexport.report.entries import fidelity_of, last_of, latency_of
+from xexport.report.jsonout import state_bytes, warnings_of, weights_bytes
+from xexport.report.words import speed_against, verdict
+
+__all__ = ["Tile", "bundle_view", "compared", "name_of", "reproduce", "title_of"]
+
+
+class Tile(NamedTuple):
+    """One headline figure."""
+
+    label: str
+    value: str
+    note: str
+
+
+def name_of(manifest: Manifest) -> str:
+    """``rwkv · cpu-int8``."""
+    return f"{manifest.model.family} · {manifest.target}"
+
+
+def title_of(manifests: Sequence[Manifest]) -> str:
+    """The heading of a report."""
+    if len(manifests) == 1:
+        return f"{manifests[0].model.family} for {manifests[0].target}"
+    families = list(dict.fromkeys(m.model.family for m in manifests))
+    return f"{len(manifests)} bundles of {', '.join(families[:4])}{' …' if len(families) > 4 else ''}"
+
+
+def bundle_view(manifest: Manifest, records: Sequence[Record]) -> dict[str, Any]:
+    """Everything but the figures, by the names the templates use."""
+    row, latency = fidelity_of(records), latency_of(records)
+    newest = latency or (records[-1] if records else None)
+    return {
+        "name": name_of(manifest),
+        "subtitle": subtitle(manifest),
+        "warnings": warnings_of(manifest, records),
+        "tiles": _tiles(manifest, records),
+        "verdict": verdict(manifest, records),
+        "fidelity": tables.fidelity(records),
+        "fidelity_note": _fidelity_note(row) if row else "",
+        "latency": tables.latency(records),
+        "latency_note": _latency_note(latency) if latency else "",
+        "position_times": tables.positions(records),
+        "resources": tables.resources(manifest, records),
+        "law": tables.chunk_law(records),
+        "law_note": _law_note(records),
+        "lowerings": tables.lowerings(manifest),
+        "decisions": tables.decisions(manifest),
+        "checks": tables.checks(manifest),
+        "signature": tables.signature(manifest),
+        "files": tables.files(manifest),
+        "model": tables.model(manifest),
+        "source": manifest.model.source,
+        "environment": tables.environment(manifest, records),
+        "machine": newest.setup.environment.cpu if newest else "",
+        "reproduce": reproduce(manifest),
+        "reproduce_note": _reproduce_note(row),
+    }
+
+
+def subtitle(manifest: Manifest) -> str:
+    """Title, parameters, precision, runtime."""
+    model = manifest.model
+    return (
+        f"{model.title.rstrip('.')}. {_millions(model.parameters)} parameters, {manifest.precision}, "
+        f"{manifest.runtime} with {manifest.provider}, opset {manifest.opset}"
+    )
+
+
+def compared(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> tables.Table:
+    """One row a bundle."""
+    columns = (
+        "Bundle", "Bits per byte", "Lost", "Same top-1", "KL mean", "Step p50", "p99",
+        "× PyTorch", "× ONNX fp32", "Prefill tokens/s", "Weights", "Peak memory",
+    )  # fmt: skip
+    rows = []
+    for manifest, records in entries:
+        row, latency, memory = fidelity_of(records), latency_of(records), last_of(records, Memory)
+        speeds = [speed_against(records, other) for other in ("torch", "onnx")]
+        rows.append(
+            (
+                name_of(manifest),
+                fmt.figure(row.bits_per_byte("candidate")[0], 4) if row else fmt.MISSING,
+                fmt.plus_minus(*row.bits_lost) if row else fmt.MISSING,
+                fmt.percent(row.agreement, 2) if row else fmt.MISSING,
+                fmt.figure(row.kl_mean) if row else fmt.MISSING,
+                fmt.ms(latency.step_ms(50)) if latency else fmt.MISSING,
+                fmt.ms(latency.step_ms(99)) if latency else fmt.MISSING,
+                *(fmt.figure(s.ratio) if s else fmt.MISSING for s in speeds),
+                fmt.count(latency.prefill_tokens_per_s) if latency else fmt.MISSING,
+                fmt.bytes_text(weights_bytes(manifest)),
+                fmt.bytes_text(memory.peak_rss if memory else None),
+            )
+        )
+    return tables.Table(columns, rows, tuple(range(1, len(columns))))
+
+
+def reproduce(manifest: Manifest) -> str:
+    """The commands that make this bundle and measure it again."""
+    model, folder = manifest.model, f"{manifest.model.family}-{manifest.target}"
+    command = ["xexport", model.family, "--target", manifest.target, "--out", folder]
+    first = shlex.join(command)
+    return f"{first}\nxexport validate {shlex.quote(folder)}\nxexport profile {shlex.quote(folder)}"
+
+
+def _reproduce_note(row: Fidelity | None) -> str:
+    note = "Add --weights with the checkpoint named under Model if it was not the built-in one."
+    if row and row.setup.text:
+        note += f" Scored on {row.setup.text}"
+        note += f" (SHA-256 {row.setup.text_sha256[:16]}…)." if row.setup.text_sha256 else "."
+    return note
+
+
+def _tiles(manifest: Manifest, records: Sequence[Record]) -> list[Tile]:
+    found: list[Tile] = []
+    row, latency, memory = fidelity_of(records), latency_of(records), last_of(records, Memory)
+    if latency:
+        speed = speed_against(records, "torch")
+        note = (
+            f"{fmt.times(speed.ratio)} as fast as PyTorch" if speed else f"p99 {fmt.ms(latency.step_ms(99))}"
+        )
+        found.append(Tile("Step, median", fmt.ms(latency.step_ms(50)), note))
+        found.append(Tile("Decode", f"{fmt.count(latency.decode_tokens_per_s)} /s", "tokens, one stream"))
+        if latency.prefill:
+            longest = max(p.length for p in latency.prefill)
+            value = f"{fmt.count(latency.prefill_tokens_per_s)} /s"
+            found.append(Tile("Prefill", value, f"tokens, in one call of {longest}"))
+    if row:
+        lost, error = row.bits_lost
+        found.append(
+            Tile("Bits per byte", fmt.figure(row.bits_per_byte("candidate")[0], 4), _lost_note(lost, error))
+        )
+        found.append(
+            Tile("Same top-1", fmt.percent(row.agreement, 2), f"± {fmt.percent(row.agreement_se, 2)}")
+        )
+    state = f"state {fmt.bytes_text(state_bytes(manifest))} a stream"
+    found.append(Tile("Weights", fmt.bytes_text(weights_bytes(manifest)), state))
+    if memory:
+        note = f"bundle adds {fmt.bytes_text(memory.added_rss)}"
+        found.append(Tile("Peak memory", fmt.bytes_text(memory.peak_rss), note))
+    return found
+
+
+def _lost_note(lost: float, error: float) -> str:
+    if math.isnan(lost):
+        return "not finite"
+    return f"{'+' if lost >= 0 else '−'}{fmt.plus_minus(abs(lost), error)} against PyTorch"
+
+
+def _fidelity_note(row: Fidelity) -> str:
+    return (
+        f"{fmt.count(row.tokens)} tokens of {row.setup.text or 'the given text'} "
+        f"({fmt.bytes_text(row.text_bytes)}), streamed {row.chunk} at a time with the state carried. "
+        "KL is from the reference to the runner, in nats. Errors: bits per byte from the means of 32 "
+        "blocks of the text (tokens are correlated), “lost” paired by token, top-1 binomial."
+    )
+
+
+def _latency_note(latency: Latency) -> str:
+    threads = latency.setup.environment.threads
+    note = (
+        f"Batch {latency.batch}, {threads} thread{'' if threads == 1 else 's'}, {latency.warmup} steps of "
+        "warm-up thrown away; prefill and load are medians."
+    )
+    if latency.prompt:
+        note += f" The first token is the first call of a fresh session, {latency.prompt} tokens long."
+    return note
+
+
+def _law_note(records: Sequence[Record]) -> str:
+    law = last_of(records, ChunkLaw)
+    if law is None:
+        return ""
+    return (
+        f"{law.tokens} tokens fed whole and in pieces, from the state after {law.start} tokens: any way "
+        "of cutting gives the same logits and the same final state. State errors are relative to its RMS."
+    )
+
+
+def _millions(parameters: int) -> str:
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.3g} billion"
+    return f"{parameters / 1e6:.3g} million" if parameters >= 1e6 else fmt.count(parameters)

@@ -1,0 +1,183 @@
+"""The verdict in words: what was paid in accuracy for what speed, from records alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from xexport.core.manifest import Manifest
+from xexport.core.records import ChunkLaw, Fidelity, Latency, PairedLatency, Record
+from xexport.report import format as fmt
+from xexport.report.entries import all_of, fidelity_of, last_of, latency_of, same_machine
+from xexport.report.jsonout import weights_bytes
+
+__all__ = ["RUNNER_NAMES", "Sentence", "Speed", "speed_against", "verdict"]
+
+RUNNER_NAMES = {"torch": "PyTorch", "onnx": "ONNX fp32", "bundle": "this bundle"}
+
+#: A loss of more than this share of the reference's bits per byte is called worse.
+WORSE = 0.01
+#: Without an interval (runs that were not interleaved) a ratio nearer to 1 than this says nothing.
+BLUR = 0.05
+
+
+class Sentence(NamedTuple):
+    """One statement; ``tone`` is ``good``, ``bad`` or ``plain``."""
+
+    tone: str
+    text: str
+
+
+class Speed(NamedTuple):
+    """How many times as fast as ``other`` a bundle's step is; an interval only from paired rounds."""
+
+    other: str
+    ratio: float
+    low: float
+    high: float
+    paired: bool
+
+    @property
+    def slower(self) -> bool:
+        return self.high < 1 if self.paired else self.ratio < 1 - BLUR
+
+    @property
+    def faster(self) -> bool:
+        return self.low > 1 if self.paired else self.ratio > 1 + BLUR
+
+
+def speed_against(records: Sequence[Record], other: str) -> Speed | None:
+    """The bundle's step against another runner's: from interleaved rounds where there are any."""
+    mine, theirs = latency_of(records), latency_of(records, other)
+    pairs = [p for p in all_of(records, PairedLatency, "bundle") if p.other == other]
+    pairs = [p for p in pairs if mine is None or same_machine(p, mine)]
+    if pairs:
+        return Speed(other, *pairs[-1].speedup, True)
+    if mine is None or theirs is None:
+        return None
+    return Speed(other, theirs.step_ms(50) / mine.step_ms(50), math.nan, math.nan, False)
+
+
+def verdict(manifest: Manifest, records: Sequence[Record]) -> list[Sentence]:
+    """Speed, accuracy, size and the chunk law, one sentence each; nothing that was not measured."""
+    found = [*_speed(records), *_accuracy(records), *_size(manifest), *_law(records)]
+    if not any(isinstance(r, Fidelity | Latency) for r in records):
+        found.append(
+            Sentence(
+                "plain", "Neither accuracy nor speed was measured: run `xexport validate` and `profile`."
+            )
+        )
+    return found
+
+
+def _speed(records: Sequence[Record]) -> list[Sentence]:
+    latency = latency_of(records)
+    if latency is None:
+        return []
+    threads = latency.setup.environment.threads
+    median, slow = fmt.ms(latency.step_ms(50)), fmt.ms(latency.step_ms(99))
+    found = [
+        Sentence(
+            "plain",
+            f"A step takes {median} here (median; 99% within {slow}), "
+            f"which is {fmt.count(latency.decode_tokens_per_s)} tokens per second "
+            f"on {threads} thread{'s' if threads != 1 else ''} of {latency.setup.environment.cpu}.",
+        )
+    ]
+    for other in ("onnx", "torch"):
+        speed = speed_against(records, other)
+        if speed is not None:
+            found.append(_speed_sentence(speed))
+    return found
+
+
+def _speed_sentence(speed: Speed) -> Sentence:
+    name = RUNNER_NAMES[speed.other]
+    how = (
+        f"95% interval {fmt.figure(speed.low)} to {fmt.figure(speed.high)}, measured in alternate rounds"
+        if speed.paired
+        else "from separate runs, without an interval"
+    )
+    if speed.slower:
+        longer = fmt.times(1 / speed.ratio)
+        text = f"This target makes the model slower than {name} here: a step takes {longer} as long"
+        if speed.paired:
+            how = (
+                f"95% interval {fmt.figure(1 / speed.high)} to {fmt.figure(1 / speed.low)}, "
+                "measured in alternate rounds"
+            )
+        return Sentence("bad", f"{text} ({how}).")
+    if speed.faster:
+        return Sentence("good", f"That is {fmt.times(speed.ratio)} as fast as {name} ({how}).")
+    return Sentence("plain", f"That is as fast as {name}: {fmt.times(speed.ratio)} ({how}).")
+
+
+def _accuracy(records: Sequence[Record]) -> list[Sentence]:
+    row = fidelity_of(records)
+    if row is None:
+        return []
+    if row.non_finite:
+        return [
+            Sentence(
+                "bad",
+                f"The bundle is broken: {row.non_finite} of {row.tokens} tokens gave logits that are not "
+                "finite, so no accuracy can be stated.",
+            )
+        ]
+    lost, error = row.bits_lost
+    before, after = row.bits_per_byte("reference")[0], row.bits_per_byte("candidate")[0]
+    share = lost / before if before else math.nan
+    where = f"on {fmt.count(row.tokens)} tokens of {row.setup.text or 'the given text'}"
+    figures = f"{before:.4f} in {RUNNER_NAMES.get(row.reference, row.reference)}, {after:.4f} in the bundle"
+    same = (
+        f"Both rank the same token first {fmt.percent(row.agreement, 2)} of the time "
+        f"(± {fmt.percent(row.agreement_se, 2)})"
+    )
+    most = fmt.figure(row.kl_percentile(100))
+    tail = f"{same}; the mean KL divergence is {fmt.figure(row.kl_mean)} nats, at most {most}."
+    paid = f"{fmt.plus_minus(lost, error)} bits per byte ({fmt.figure(100 * share, 2)}%)"
+    if share > WORSE and lost > 2 * error:
+        head = Sentence(
+            "bad", f"This target makes the model worse than fp32: it costs {paid} {where}: {figures}."
+        )
+    elif lost > 2 * error:
+        head = Sentence("plain", f"It costs {paid} {where}: {figures}.")
+    elif lost < -2 * error:
+        head = Sentence(
+            "plain",
+            f"It predicts this text better than the reference, by {fmt.plus_minus(-lost, error)} bits per "
+            f"byte, {where}: chance, not skill, as quantization adds no knowledge.",
+        )
+    else:
+        head = Sentence("good", f"No loss can be measured {where}: {figures} bits per byte.")
+    return [head, Sentence("plain", tail)]
+
+
+def _size(manifest: Manifest) -> list[Sentence]:
+    weights = weights_bytes(manifest)
+    full = 4 * manifest.model.parameters
+    if not weights or not full:
+        return []
+    text = f"The model is {fmt.bytes_text(weights)}"
+    if full > 1.1 * weights:
+        text += f", {fmt.figure(full / weights, 2)} times smaller than its {fmt.bytes_text(full)} in fp32"
+    return [Sentence("plain", text + ".")]
+
+
+def _law(records: Sequence[Record]) -> list[Sentence]:
+    law = last_of(records, ChunkLaw)
+    if law is None:
+        return []
+    ways = f"{len(law.cuts)} ways of cutting {law.tokens} tokens"
+    if not math.isfinite(law.error):
+        return [
+            Sentence("bad", f"The chunk law does not hold: among {ways} one gave values that are not finite.")
+        ]
+    return [
+        Sentence(
+            "plain",
+            f"Of {ways} into chunks, the worst changes a logit or the state by {fmt.figure(law.error, 2)} "
+            "of their RMS.",
+        )
+    ]
