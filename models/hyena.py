@@ -37,6 +37,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,18 +106,21 @@ class _ImplicitFilter(nn.Module):
     def forward(self, length: int) -> Tensor:
         """The first ``length`` points of the filters, ``[N-1,d,length]``."""
         c = self.c
-        like = {"dtype": self.frequency.dtype, "device": self.frequency.device}
-        step = torch.arange(length, **like)
+        step = torch.arange(length, dtype=self.frequency.dtype, device=self.frequency.device)
         time = (step / (c.max_tokens - 1))[:, None]
         bands = (c.filter_features - 1) // 2
-        phase = torch.linspace(1e-4, bands - 1, bands, **like) * (2 * math.pi / c.max_tokens * step[:, None])
+        phase = _line(step, 1e-4, bands - 1, bands) * (2 * math.pi / c.max_tokens * step[:, None])
         z = torch.cat((time, phase.cos(), -phase.sin()), 1)
         for linear in self.ffn:
             z = torch.sin(self.frequency * linear(z))
         slow, fast = (-math.log(1e-2) / share for share in (1.5, 0.3))
         channels = c.width * (c.order - 1)
-        window = torch.exp(-time * torch.linspace(slow, fast, channels, **like))
-        return (self.last(z) * window).T.unflatten(0, (c.width, c.order - 1)).transpose(0, 1)
+        window = torch.exp(-time * _line(step, slow, fast, channels))
+        return torch.unflatten((self.last(z) * window).T, 0, (c.width, c.order - 1)).transpose(0, 1)
+
+
+def _line(like: Tensor, start: float, end: float, count: int) -> Tensor:
+    return torch.linspace(start, end, count, dtype=like.dtype, device=like.device)
 
 
 class _Mixer(nn.Module):
@@ -137,11 +141,13 @@ class _Mixer(nn.Module):
         u = torch.cat((before, self.in_proj(x)), 1)
         w = self.conv_weight
         z = u[:, :-2] * w[0] + u[:, 1:-1] * w[1] + u[:, 2:] * w[2] + self.conv_bias
-        return z.split(self.c.width, -1), u[:, -2:]
+        return torch.split(z, self.c.width, -1), u[:, -2:]
 
 
 class _Block(nn.Module):
     """One block; ``filters`` is the FFN in the training form, the filters in the chunk form."""
+
+    filters: Any
 
     def __init__(self, c: HyenaConfig, filters: nn.Module) -> None:
         super().__init__()
@@ -154,7 +160,8 @@ class _Block(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         """``x`` with the MLP's output added."""
-        return x + self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate="tanh"))
+        y: Tensor = self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate="tanh"))
+        return x + y
 
 
 class _Stack(nn.Module):
@@ -171,7 +178,11 @@ class _Stack(nn.Module):
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def _filters(self) -> nn.Module:
+        """What a block holds to make its filters from."""
         raise NotImplementedError
+
+    def _blocks(self) -> list[_Block]:
+        return list(self.layers)  # type: ignore[arg-type]
 
 
 class Hyena(_Stack):
@@ -200,7 +211,7 @@ class Hyena(_Stack):
         n1, n2 = fft_sizes(c.max_tokens)
         position, after = state[-1], []
         x = self.embed(tokens)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self._blocks()):
             short, *caches = state[i * c.order : (i + 1) * c.order]
             (out, *gates, v), now = layer.hyena.projected(layer.hyena_norm(x), short)
             after.append(now)
@@ -210,7 +221,8 @@ class Hyena(_Stack):
                 v = y.transpose(1, 2) + z * layer.hyena.filter_skip[j]
                 after.append(cache)
             x = layer.mlp(x + layer.hyena.out_proj(out * v))
-        return self.head(self.norm(x)), *after, position + tokens.shape[1]
+        logits: Tensor = self.head(self.norm(x))
+        return logits, *after, position + tokens.shape[1]
 
 
 class HyenaTrain(_Stack):
@@ -227,7 +239,7 @@ class HyenaTrain(_Stack):
             )
         x = self.embed(tokens)
         empty = x.new_zeros(x.shape[0], 2, (c.order + 1) * c.width)
-        for layer in self.layers:
+        for layer in self._blocks():
             (out, *gates, v), _ = layer.hyena.projected(layer.hyena_norm(x), empty)
             filters = layer.filters(tokens.shape[1])
             for j, gate in enumerate(reversed(gates)):
@@ -273,14 +285,15 @@ def _first_value(c: HyenaConfig, name: str, p: Tensor, rng: torch.Generator) -> 
         return noise
     if ".filters." in name:
         fan_in = p.shape[-1] if p.ndim == 2 else c.filter_width
-        bound = fan_in**-0.5 * (c.max_tokens**-0.5 * 8 if ".last." in name else 1.0)
+        bound: float = fan_in**-0.5 * (c.max_tokens**-0.5 * 8 if ".last." in name else 1.0)
         return (torch.rand(p.shape, generator=rng) * 2 - 1) * bound
     if p.ndim < 2:
         return torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0)
     if name == "embed.weight":
         return noise * 0.5
     depth = (2 * c.layers) ** -0.5 if name.endswith(("out_proj.weight", "fc2.weight")) else 1.0
-    return noise * (p.shape[1] ** -0.5 * (0.25 if name == "head.weight" else depth))
+    std: float = p.shape[1] ** -0.5 * (0.25 if name == "head.weight" else depth)
+    return noise * std
 
 
 def _from_training(config: HyenaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ class _Retention(nn.Module):
 
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """q and k of ``x [B,T,d]``, each ``[B,T,H,K]`` and rotated; cos and sin are ``[T,1,K/2]``."""
-        q, k = (p(x).unflatten(-1, (self.c.heads, -1)) for p in (self.q_proj, self.k_proj))
+        q, k = (torch.unflatten(p(x), -1, (self.c.heads, -1)) for p in (self.q_proj, self.k_proj))
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
     def finish(self, x: Tensor, o: Tensor) -> Tensor:
@@ -169,6 +169,8 @@ class RetNet(nn.Module):
     """
 
     max_tokens: int | None = None
+    decay: Tensor
+    turns: Tensor
 
     def __init__(self, config: RetNetConfig) -> None:
         super().__init__()
@@ -196,7 +198,7 @@ class RetNet(nn.Module):
         decay = self.decay.expand(batch, length, c.heads)
         x = self.embed(tokens)
         after = []
-        for layer, before in zip(self.layers, retention, strict=True):
+        for layer, before in zip(self._blocks(), retention, strict=True):
             h = layer.retention_norm(x)
             q, k = layer.retention.rotated(h, cos, sin)
             o, now = linear_attention(
@@ -211,9 +213,13 @@ class RetNet(nn.Module):
                 "gated",
             )
             after.append(now)
-            x = x + layer.retention.finish(h, o.unflatten(-1, (c.heads, -1)))
+            x = x + layer.retention.finish(h, torch.unflatten(o, -1, (c.heads, -1)))
             x = x + layer.ffn(layer.ffn_norm(x))
-        return self.head(self.norm(x)), *after, position + length
+        logits: Tensor = self.head(self.norm(x))
+        return logits, *after, position + length
+
+    def _blocks(self) -> list[_Block]:
+        return list(self.layers)  # type: ignore[arg-type]
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin ``[T,1,K/2]`` of ``position * theta`` for int64 positions ``[T]`` below 2^33."""
@@ -237,10 +243,10 @@ class RetNetTrain(RetNet):
         cos, sin = self.angles(torch.arange(tokens.shape[1], device=tokens.device))
         tables = self._decays(min(self.chunk, tokens.shape[1]))
         x = self.embed(tokens)
-        for layer in self.layers:
+        for layer in self._blocks():
             h = layer.retention_norm(x)
             q, k = (y.transpose(1, 2) for y in layer.retention.rotated(h, cos, sin))
-            v = layer.retention.v_proj(h).unflatten(-1, (c.heads, -1)).transpose(1, 2)
+            v = torch.unflatten(layer.retention.v_proj(h), -1, (c.heads, -1)).transpose(1, 2)
             x = x + layer.retention.finish(h, self._retain(q, k, v, tables).transpose(1, 2))
             x = x + layer.ffn(layer.ffn_norm(x))
         logits: Tensor = self.head(self.norm(x))
@@ -258,7 +264,7 @@ class RetNetTrain(RetNet):
         mask, power = tables
         outs: list[Tensor] = []
         now: Tensor | None = None
-        for qc, kc, vc in zip(*(y.split(mask.shape[1], 2) for y in (q, k, v)), strict=True):
+        for qc, kc, vc in zip(*(torch.split(y, mask.shape[1], 2) for y in (q, k, v)), strict=True):
             size = qc.shape[2]
             out = ((qc @ kc.transpose(2, 3)) * mask[:, :size, :size]) @ vc
             faded = (kc * power[:, :size].flip(1)).transpose(2, 3) @ vc
@@ -272,7 +278,7 @@ class RetNetTrain(RetNet):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (2i, 2i+1) of the last axis."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 

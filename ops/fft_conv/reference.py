@@ -28,7 +28,8 @@ def causal_conv(u: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     length = u.shape[-1]
     size = 2 * length
     spectrum = torch.fft.rfft(u, n=size) * torch.fft.rfft(h[:, :length], n=size)
-    return torch.fft.irfft(spectrum, n=size)[..., :length]
+    y: torch.Tensor = torch.fft.irfft(spectrum, n=size)
+    return y[..., :length]
 
 
 @torch.library.custom_op("xexport::fft_conv", mutates_args=())
