@@ -163,7 +163,7 @@ def _doctor(data: Record) -> Iterable[RenderableType]:
 
 
 def _targets(data: Record) -> Iterable[RenderableType]:
-    keys = ("name", "description", "precision", "runtime", "provider", "runs_here", "why_not")
+    keys = ("name", "description", "precision", "runtime", "runs_here", "why_not")
     rows = [{k: row[k] for k in keys if k in row} for row in data["targets"]]
     yield _rows("targets", rows)
 
@@ -197,7 +197,7 @@ def _leaves(data: Record, prefix: str) -> Iterable[tuple[str, str]]:
 def _pairs(title: str, rows: Iterable[tuple[str, str]]) -> RenderableType:
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=None, show_header=False, pad_edge=False)
+    table = Table(title=_title(title), title_justify="left", box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in rows:
@@ -210,8 +210,8 @@ def _rows(title: str, records: Sequence[Record], limit: int = 200) -> Renderable
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    keys = list(dict.fromkeys(k for r in records for k in r))
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    keys = [k for k in dict.fromkeys(k for r in records for k in r) if any(_value(r.get(k)) for r in records)]
+    table = Table(title=_title(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for key in keys:
         table.add_column(key.replace("_", " "), overflow="fold")
     for record in records[:limit]:
@@ -219,6 +219,10 @@ def _rows(title: str, records: Sequence[Record], limit: int = 200) -> Renderable
     if len(records) > limit:
         table.caption = f"and {len(records) - limit} more"
     return table if records else ""
+
+
+def _title(text: str) -> str | None:
+    return f"[bold not italic]{_plain(text)}" if text else None
 
 
 def _value(value: Any) -> str:

@@ -270,7 +270,7 @@ def _refused(error: Exception, graph: Path) -> RuntimeFailure:
     elif "NOT_IMPLEMENTED" in text or "No Op registered" in text or "opset" in text.lower():
         fix = "upgrade onnxruntime, or export for another target"
     elif "Protobuf parsing failed" in text or "external data" in text.lower():
-        fix = "the file is damaged: copy the bundle again"
+        fix = "a file of the bundle is missing or damaged: copy the whole folder again"
     return RuntimeFailure("ONNX Runtime refused the graph", got=f"{graph}: {_first_line(error)}", fix=fix)
 
 
