@@ -254,7 +254,8 @@ def validate(bundle: Path, eval_text: Path | None, as_json: bool, quiet: bool) -
     """Check BUNDLE on this machine.
 
     Files against their hashes, logits against those PyTorch gave at export (they travel with the
-    bundle, so this needs no torch), chunks against whole, bits per byte of a text.
+    bundle, so this needs no torch), chunks against whole, bits per byte of a text. Exits with 1 if
+    something is wrong, and says what.
 
     \b
     xexport validate rwkv-cpu-int8
@@ -265,6 +266,8 @@ def validate(bundle: Path, eval_text: Path | None, as_json: bool, quiet: bool) -
     with _working(quiet) as progress:
         record = pipeline.validate(bundle, eval_text=eval_text, progress=progress)
     _print("validate", record, as_json)
+    if not record.get("ok", True):
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()

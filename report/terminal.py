@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -23,7 +23,8 @@ def show(kind: str, data: Record, console: Console) -> None:
         console: where to.
     """
     for part in _TABLES.get(kind, _tree)(data):
-        console.print(part, soft_wrap=isinstance(part, str))
+        if part != "":
+            console.print(part, soft_wrap=isinstance(part, str))
 
 
 def size(count: float) -> str:
@@ -39,10 +40,11 @@ def _measured(data: Record) -> Iterable[RenderableType]:
     """The summary of an export, a validation or a profile: accuracy, speed, sizes, warnings."""
     head = [str(data[k]) for k in ("model", "target") if k in data]
     yield _pairs(" on ".join(head) or "bundle", _accuracy(data) + _speed(data) + _sizes(data))
-    known = set(_KNOWN)
-    rest = {k: v for k, v in data.items() if k not in known}
-    yield from _tree(rest)
+    yield _rows("time by operator, one step", (data.get("operators") or ())[:12])
+    yield from _tree({k: v for k, v in data.items() if k not in _SHOWN})
     yield from _warnings(data)
+    for problem in data.get("problems") or ():
+        yield f"[red]problem[/] {_plain(problem)}"
     folder = data.get("bundle")
     if folder is not None:
         yield f"[bold]bundle[/] {_plain(folder)}"
@@ -50,62 +52,102 @@ def _measured(data: Record) -> Iterable[RenderableType]:
             yield f"[bold]report[/] {_plain(Path(str(folder)) / 'report.html')}"
 
 
-_KNOWN = (
-    "model",
-    "target",
-    "bundle",
-    "bytes",
-    "bits_per_byte",
-    "kl",
-    "same_top1",
-    "chunk_error",
-    "latency",
-    "native_kernels",
-    "warnings",
+#: Keys that the rows below say in words; any other key is printed as it is.
+_SHOWN = frozenset(
+    [
+        "model",
+        "target",
+        "precision",
+        "bundle",
+        "bytes",
+        "bits_per_byte",
+        "bits_per_byte_se",
+        "bits_lost",
+        "kl",
+        "same_top1",
+        "same_top1_se",
+        "max_error",
+        "tokens",
+        "text",
+        "chunk_error",
+        "latency",
+        "speedup",
+        "peak_rss",
+        "native_kernels",
+        "operators",
+        "placement",
+        "bandwidth",
+        "environment",
+        "warnings",
+        "problems",
+        "ok",
+        "recorded",
+    ]
 )
 
 
 def _accuracy(data: Record) -> list[tuple[str, str]]:
-    rows = []
-    bits = data.get("bits_per_byte") or {}
-    if bits:
-        rows.append(("bits per byte", "  ".join(f"{k} {_number(v)}" for k, v in bits.items())))
-        rows += _loss(bits)
-    kl = data.get("kl") or {}
-    if kl:
-        rows.append(("KL from PyTorch (nats)", "  ".join(f"{k} {_number(v)}" for k, v in kl.items())))
+    bits, errors = data.get("bits_per_byte") or {}, data.get("bits_per_byte_se") or {}
+    rows = [("bits per byte", "  ".join(f"{k} {_with_error(v, errors.get(k))}" for k, v in bits.items()))]
+    rows.append(("paid in accuracy", _loss(bits, data.get("bits_lost"))))
+    rows.append(("KL from PyTorch", _named(data.get("kl"), "nats")))
     if data.get("same_top1") is not None:
-        rows.append(("same most likely token", _share(data["same_top1"])))
-    if data.get("chunk_error") is not None:
-        rows.append(("chunks against whole", f"{_number(data['chunk_error'])} (largest logit difference)"))
-    return rows
+        rows.append(("same most likely token", _share(data["same_top1"], data.get("same_top1_se"))))
+    rows.append(("largest logit error", _value(data.get("max_error"))))
+    rows.append(("chunks against whole", _value(data.get("chunk_error"))))
+    text = (
+        f"{data.get('text', '')} {_number(data['tokens'])} tokens" if data.get("tokens") else data.get("text")
+    )
+    return [*rows, ("measured on", _value(text))]
 
 
-def _loss(bits: Record) -> list[tuple[str, str]]:
+def _loss(bits: Record, lost: Record | None) -> str:
+    """What the bundle loses against PyTorch, in percent of the bits per byte."""
     before, after = bits.get("torch"), bits.get("bundle")
     if not (_is_number(before) and _is_number(after) and before):
-        return []
-    return [("paid in accuracy", f"{100 * (after / before - 1):+.3f}% bits per byte against PyTorch")]
+        return ""
+    percent = 100 * (after / before - 1)
+    error = (lost or {}).get("se")
+    within = f" ± {100 * error / before:.3f}" if _is_number(error) else ""
+    return f"{percent:+.3f}{within} % bits per byte against PyTorch"
 
 
 def _speed(data: Record) -> list[tuple[str, str]]:
     latency = data.get("latency") or {}
-    rows = []
-    step = latency.get("step_ms") or {}
-    if step:
-        rows.append(("one token (ms)", "  ".join(f"{k} {_number(v)}" for k, v in step.items())))
+    rows = [("one token", _named(latency.get("step_ms"), "ms"))]
     for key, label in (("decode_tokens_per_s", "decode"), ("prefill_tokens_per_s", "prefill")):
         if _is_number(latency.get(key)):
             rows.append((label, f"{latency[key]:,.0f} tokens/s"))
-    if _is_number(latency.get("load_ms")):
-        rows.append(("loading", f"{latency['load_ms']:.0f} ms"))
-    if "native_kernels" in data:
+    for key, label in (("load_ms", "loading"), ("first_token_ms", "first token after loading")):
+        if _is_number(latency.get(key)):
+            rows.append((label, f"{latency[key]:.4g} ms"))
+    for other, ratio in (data.get("speedup") or {}).items():
+        if isinstance(ratio, Mapping) and _is_number(ratio.get("ratio")):
+            between = f"{_number(ratio.get('low'))} to {_number(ratio.get('high'))}"
+            rows.append((f"step speed against {other}", f"{_number(ratio['ratio'])} x ({between})"))
+    bandwidth = data.get("bandwidth") or {}
+    if _is_number(bandwidth.get("fraction_of_floor")):
+        floor = f"{_number(bandwidth.get('floor_ms'))} ms to read the weights"
+        rows.append(("of the memory floor", f"{100 * bandwidth['fraction_of_floor']:.0f} % ({floor})"))
+    rows.append(("nodes run by", _named(data.get("placement"))))
+    if data.get("native_kernels") is not None:
         rows.append(("native kernels", _value(data["native_kernels"])))
     return rows
 
 
 def _sizes(data: Record) -> list[tuple[str, str]]:
-    return [(k, size(v)) for k, v in (data.get("bytes") or {}).items() if _is_number(v)]
+    rows = [(k, size(v)) for k, v in (data.get("bytes") or {}).items() if _is_number(v)]
+    if _is_number(data.get("peak_rss")):
+        rows.append(("peak memory", size(data["peak_rss"])))
+    return rows
+
+
+def _named(values: Record | None, unit: str = "") -> str:
+    return f"{'  '.join(f'{k} {_number(v)}' for k, v in values.items())} {unit}".strip() if values else ""
+
+
+def _with_error(value: Any, error: Any) -> str:
+    return f"{_number(value)} ± {_number(error)}" if _is_number(error) else _number(value)
 
 
 def _inspect(data: Record) -> Iterable[RenderableType]:
@@ -245,11 +287,14 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _share(value: Any) -> str:
-    return f"{100 * value:.2f}%" if _is_number(value) else _value(value)
+def _share(value: Any, error: Any = None) -> str:
+    if not _is_number(value):
+        return _value(value)
+    within = f" ± {100 * error:.2f}" if _is_number(error) else ""
+    return f"{100 * value:.2f}{within} %"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

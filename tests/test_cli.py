@@ -179,7 +179,7 @@ def test_json_is_one_object_whatever_libraries_print(exported: dict[str, Any]) -
 
 def test_people_see_the_figures_and_the_price(exported: dict[str, Any]) -> None:
     done = _run("rwkv", "--target", "cpu-int8")
-    for words in ("rwkv on cpu-int8", "+0.500%", "99.00%", "p50 0.5", "1,900 tokens/s", "1.23 MB"):
+    for words in ("rwkv on cpu-int8", "+0.500 %", "99.00 %", "p50 0.5", "1,900 tokens/s", "1.23 MB"):
         assert words in done.stdout
     assert "slower than [fp32] here" in done.stdout
     assert "chats" not in done.stdout
@@ -244,6 +244,17 @@ def test_inspect_shows_state_and_formats(toy_bundle: Path) -> None:
     record = json.loads(_run("inspect", str(toy_bundle), "--json").stdout)
     assert record["model"]["family"] == "toy"
     assert record["bytes"]["state"] == 72
+
+
+def test_a_bundle_that_fails_validation_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = {"ok": False, "problems": ["the chunk law is broken here"], "chunk_error": 3.5}
+    monkeypatch.setattr("xexport.pipeline.validate", lambda path, **options: record)
+    done = _run("validate", "b")
+    assert done.exit_code == 1
+    assert "problem the chunk law is broken here" in done.stdout
+    as_json = _run("validate", "b", "--json")
+    assert as_json.exit_code == 1
+    assert json.loads(as_json.stdout) == record
 
 
 def test_validate_profile_and_report_pass_their_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
