@@ -34,6 +34,7 @@ RUNNERS = {
     "bundle": ("this bundle", "#0a84c6"),
 }
 _OPS_SHOWN = 14
+_TICKS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,))
 
 
 def plotly_js() -> str:
@@ -69,7 +70,7 @@ def scatter(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str | None:
                    name="Pareto front", hoverinfo="skip"),
         )  # fmt: skip
     layout = {
-        "xaxis": {"title": {"text": "step time, median (ms) – less is better"}, "type": "log"},
+        "xaxis": _log_axis("step time, median (ms) – less is better", [p.ms for p in found], room=1.25),
         "yaxis": {"title": {"text": "bits per byte – less is better"}},
         "height": 430,
     }
@@ -85,7 +86,7 @@ def _point_trace(model: str, group: list[Point], colour: str) -> Any:
         mode="markers+text",
         name=model,
         text=[p.label for p in group],
-        textposition="top center",
+        textposition="top right",
         marker={
             "color": colour,
             "size": 13,
@@ -130,14 +131,9 @@ def _drift(records: Sequence[Record], value: Any, title: str) -> str | None:
         )  # fmt: skip
     if not traces:
         return None
-    axis = {"type": "log", "exponentformat": "power", "dtick": 1}
-    return _figure(
-        traces,
-        {
-            "xaxis": {"title": {"text": "token index"}, "type": "log"},
-            "yaxis": {"title": {"text": title}, **axis},
-        },
-    )
+    values = [v for t in traces for v in t.y if v is not None]
+    stops = [v for t in traces for v in t.x]
+    return _figure(traces, {"xaxis": _log_axis("token index", stops), "yaxis": _log_axis(title, values)})
 
 
 def latency_ecdf(records: Sequence[Record]) -> str | None:
@@ -163,7 +159,7 @@ def latency_ecdf(records: Sequence[Record]) -> str | None:
     if not traces:
         return None
     layout = {
-        "xaxis": {"title": {"text": "step time (ms)"}, "type": "log"},
+        "xaxis": _log_axis("step time (ms)", [v for t in traces for v in t.x]),
         "yaxis": {"title": {"text": "share of steps"}, "tickformat": ".0%", "range": [0, 1.02]},
     }
     return _figure(traces, layout)
@@ -218,8 +214,8 @@ def op_times(row: OpTimes | None) -> str | None:
     layout = {
         "xaxis": {"title": {"text": "µs a call, under profiling"}, "rangemode": "tozero"},
         "yaxis": {"automargin": True},
-        "margin": {"r": 90},
-        "height": 110 + 26 * len(bars),
+        "margin": {"l": 20, "r": 100, "t": 10, "b": 50},
+        "height": 70 + 25 * len(bars),
         "showlegend": False,
     }
     return _figure([trace], layout)
@@ -235,7 +231,7 @@ def sizes(manifest: Manifest) -> str | None:
         totals[role] = totals.get(role, 0) + size
     roles = sorted(totals, key=lambda r: totals[r])
     formats = sorted({f for _, f in table}, key=lambda f: -sum(b for (_, g), b in table.items() if g == f))
-    names = [_safe(r).replace("_", " ") for r in roles]
+    names = [f"{_safe(r).replace('_', ' ')} · {fmt.bytes_text(totals[r])}" for r in roles]
     traces = [
         _trace("bar", y=names, x=[table.get((r, f), 0) / 1e6 for r in roles], orientation="h", name=_safe(f),
                marker={"color": COLOURS[i % len(COLOURS)]},
@@ -246,10 +242,37 @@ def sizes(manifest: Manifest) -> str | None:
         "barmode": "stack",
         "xaxis": {"title": {"text": "MB of weights"}},
         "yaxis": {"automargin": True},
-        "height": 130 + 28 * len(roles),
+        "height": 110 + 34 * len(roles),
         "showlegend": True,
     }
     return _figure(traces, layout)
+
+
+def _log_axis(title: str, values: Sequence[float], room: float = 1.0) -> dict[str, Any]:
+    """A logarithmic axis whose ticks are plain numbers, closer together where the span is short."""
+    margin = room * max(max(values) / min(values), 1.1) ** 0.06
+    low, high = min(values) / margin, max(values) * margin
+    span = math.log10(high / low)
+    steps = _TICKS[0 if span < 0.6 else 1 if span < 1.3 else 2 if span < 3 else 3]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    every = max(1, math.ceil(len(decades) / 7))
+    ticks = [m * 10.0**d for d in decades if d % every == 0 for m in steps]
+    ticks = [t for t in ticks if low <= t <= high]
+    return {
+        "title": {"text": title},
+        "type": "log",
+        "range": [math.log10(low), math.log10(high)],
+        "tickvals": ticks,
+        "ticktext": [_tick(t) for t in ticks],
+    }
+
+
+def _tick(value: float) -> str:
+    if 1e-3 <= value < 1e5:
+        return f"{value:,.10g}"
+    digits, exponent = f"{value:.0e}".split("e")
+    power = f"10<sup>{int(exponent)}</sup>"
+    return power if digits == "1" else f"{digits}·{power}"
 
 
 def _trace(kind: str, **fields: Any) -> Any:

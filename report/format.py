@@ -31,6 +31,8 @@ def plus_minus(value: float, error: float, places: int | None = None) -> str:
         return MISSING
     if math.isnan(error) or error <= 0:
         return figure(value, 4) if places is None else f"{value:.{places}f}"
+    if places is None and error < 1e-5 and abs(value) < 1e-3:
+        return f"{figure(value)} ± {figure(error)}"
     if places is None:
         places = min(max(1 - math.floor(math.log10(error)), 0), 8)
     return f"{value:.{places}f} ± {error:.{places}f}"

@@ -53,10 +53,14 @@ def points(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> list[Point]:
 
 
 def front(found: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both speed and accuracy, the fastest first."""
+    """The points that no other beats in both speed and accuracy, the fastest first.
+
+    A slower point has to be better by more than twice the standard error: fp32 in another runtime
+    differs in the seventh digit, which is no reason to wait for it.
+    """
     best: list[Point] = []
     for point in sorted(found, key=lambda p: (p.ms, p.bits)):
-        if not best or point.bits < best[-1].bits:
+        if not best or best[-1].bits - point.bits > 2 * math.hypot(point.error, best[-1].error):
             best.append(point)
     return best
 

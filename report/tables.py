@@ -11,7 +11,6 @@ from xexport.core.manifest import Manifest
 from xexport.core.records import (
     Bandwidth,
     ChunkLaw,
-    Environment,
     Fidelity,
     Memory,
     Record,
@@ -52,49 +51,56 @@ class Table(NamedTuple):
 
 
 def fidelity(records: Sequence[Record]) -> Table:
-    """One row a runner: bits per byte, what was lost, KL, agreement, errors."""
-    columns = (
-        "Runner", "Bits per byte", "Lost", "Perplexity", "KL mean", "KL median", "KL 99%", "KL max",
-        "Same top-1", "Max error", "RMS error", "Relative RMS",
-    )  # fmt: skip
-    rows: list[tuple[str, ...]] = []
-    for name in ("onnx", "bundle"):
-        row = fidelity_of(records, name)
-        if row is None:
-            continue
-        if not rows:
-            rows.append(_reference_row(row, len(columns)))
-        rows.append(_fidelity_row(row))
-    recorded = [r for r in all_of(records, Fidelity, "bundle") if "recorded" in r.reference]
-    if recorded and recorded[-1] is not fidelity_of(records):
-        name = f"This bundle, {recorded[-1].tokens} tokens recorded at export"
-        rows.append((name, *_fidelity_row(recorded[-1])[1:]))
-    return Table(columns, rows, tuple(range(1, len(columns))))
-
-
-def _reference_row(row: Fidelity, width: int) -> tuple[str, ...]:
-    bits = fmt.plus_minus(*row.bits_per_byte("reference"))
-    head = (
-        RUNNERS.get(row.reference, row.reference),
-        bits,
-        fmt.MISSING,
-        fmt.figure(row.perplexity("reference")[0], 4),
+    """One column a runner: bits per byte, what was lost, KL, agreement, errors."""
+    live = [r for r in (fidelity_of(records, n) for n in ("onnx", "bundle")) if r is not None]
+    recorded = [r for r in all_of(records, Fidelity, "bundle") if "recorded" in r.reference][-1:]
+    shown = live + [r for r in recorded if r not in live]
+    if not shown:
+        return Table((), [])
+    heads = [RUNNERS.get(r.setup.runner, r.setup.runner) for r in live]
+    heads += [f"This bundle, {r.tokens} tokens recorded at export" for r in shown[len(live) :]]
+    first = shown[0]
+    rows = [
+        ("Bits per byte", _reference(first, fmt.plus_minus(*first.bits_per_byte("reference")))),
+        ("Lost against PyTorch, bits per byte", fmt.MISSING),
+        ("Perplexity per token", _reference(first, fmt.figure(first.perplexity("reference")[0], 4))),
+        *((name, fmt.MISSING) for name in _MEASURES),
+    ]
+    columns = [_figures(r) for r in shown]
+    return Table(
+        ("Measure", RUNNERS.get(first.reference, first.reference), *heads),
+        [(*row, *(c[i] for c in columns)) for i, row in enumerate(rows)],
+        tuple(range(1, len(shown) + 2)),
     )
-    return head + (fmt.MISSING,) * (width - len(head))
 
 
-def _fidelity_row(row: Fidelity) -> tuple[str, ...]:
-    agreement = f"{fmt.percent(row.agreement, 2)} ± {fmt.percent(row.agreement_se, 2)}"
+_MEASURES = (
+    "KL divergence, mean (nats)",
+    "KL divergence, median",
+    "KL divergence, 99%",
+    "KL divergence, largest",
+    "Same token ranked first",
+    "Logit error, largest",
+    "Logit error, RMS",
+    "Logit error, RMS over RMS of logits",
+)
+
+
+def _reference(row: Fidelity, text: str) -> str:
+    """The reference's own figure; a recorded one is not of the same text as the others."""
+    return fmt.MISSING if "recorded" in row.reference else text
+
+
+def _figures(row: Fidelity) -> tuple[str, ...]:
     return (
-        RUNNERS.get(row.setup.runner, row.setup.runner),
         fmt.plus_minus(*row.bits_per_byte("candidate")),
         fmt.plus_minus(*row.bits_lost),
         fmt.figure(row.perplexity("candidate")[0], 4),
-        fmt.figure(row.kl_mean),
+        fmt.plus_minus(row.kl_mean, row.kl_se),
         fmt.figure(row.kl_percentile(50)),
         fmt.figure(row.kl_percentile(99)),
         fmt.figure(row.kl_percentile(100)),
-        agreement,
+        f"{fmt.percent(row.agreement, 2)} ± {fmt.percent(row.agreement_se, 2)}",
         fmt.figure(row.max_error),
         fmt.figure(row.rms_error),
         fmt.figure(row.relative_rms_error),
@@ -106,8 +112,8 @@ def latency(records: Sequence[Record]) -> Table:
     found = [r for r in (latency_of(records, n) for n in RUNNERS) if r is not None]
     lengths = sorted({p.length for r in found for p in r.prefill})
     columns = (
-        "Runner", "Step p50", "p90", "p99", "Decode tokens/s",
-        *(f"Prefill {n} tokens/s" for n in lengths), "First token", "Load", "Samples",
+        "Runner", "Step p50", "p90", "p99", "Decode /s",
+        *(f"Prefill {n} /s" for n in lengths), "First token", "Load",
     )  # fmt: skip
     rows = []
     for r in found:
@@ -120,7 +126,6 @@ def latency(records: Sequence[Record]) -> Table:
                 *(fmt.count(speeds.get(n, float("nan"))) for n in lengths),
                 fmt.ms(r.first_token_ms),
                 fmt.ms(r.load_ms),
-                str(len(r.step_ns)),
             )
         )
     return Table(columns, rows, tuple(range(1, len(columns))))
@@ -156,7 +161,7 @@ def chunk_law(records: Sequence[Record]) -> Table:
                     fmt.figure(cut.logit_rms),
                     "not finite" if cut.state_error is None else fmt.figure(cut.state_error),
                     cut.state or fmt.MISSING,
-                    "worst" if cut is law.worst else "",
+                    "worst" if cut is law.worst and cut.error > 0 else "",
                 )
             )
     columns = ("Runner", "Cut", "Max logit error", "Logit RMS", "State error", "Worst state", "")
@@ -204,8 +209,8 @@ def resources(manifest: Manifest, records: Sequence[Record]) -> Table:
             )
     times = op_times_of(records, "step")
     if times:
-        placed = ", ".join(f"{n} on {ep}" for ep, n in times.placement.items())
-        rows.append(("Nodes", placed, "read from the runtime's profile"))
+        for provider, nodes in times.placement.items():
+            rows.append(("Nodes", str(nodes), f"on {provider}, read from the runtime's profile"))
     return Table(("What", "Figure", "Meaning"), rows, (1,))
 
 
@@ -240,15 +245,17 @@ def checks(manifest: Manifest) -> Table:
 def environment(manifest: Manifest, records: Sequence[Record]) -> Table:
     """Where it was measured (from the newest record) and exported (from the manifest)."""
     rows: list[tuple[str, ...]] = []
+    here: dict[str, Any] = {}
     if records:
-        facts: Environment = records[-1].setup.environment
-        for key, value in msgspec.to_builtins(facts).items():
+        here = msgspec.to_builtins(records[-1].setup.environment)
+        for key, value in here.items():
             if value is not None:
                 text = fmt.bytes_text(value) if key == "memory_bytes" else str(value)
                 rows.append((key.replace("_bytes", "").replace("_", " "), text))
         rows.append(("measured", records[-1].setup.date))
     rows.append(("exported", f"{manifest.created} by xexport {manifest.xexport_version}"))
-    rows += [(f"export: {k}", v) for k, v in _flatten("", manifest.environment)]
+    other = {k: v for k, v in manifest.environment.items() if k != "load_average" and here.get(k) != v}
+    rows += [(f"at export: {k.replace('_', ' ')}", v) for k, v in _flatten("", other)]
     return Table(("Fact", "Value"), rows)
 
 

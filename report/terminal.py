@@ -96,7 +96,9 @@ def _accuracy(data: Record) -> list[tuple[str, str]]:
     rows.append(("largest logit error", _value(data.get("max_error"))))
     rows.append(("chunks against whole", _value(data.get("chunk_error"))))
     text = (
-        f"{data.get('text', '')} {_number(data['tokens'])} tokens" if data.get("tokens") else data.get("text")
+        f"{data.get('text', '')} {_number(data['tokens'])} tokens".strip()
+        if data.get("tokens")
+        else data.get("text")
     )
     return [*rows, ("measured on", _value(text))]
 

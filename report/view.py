@@ -13,7 +13,7 @@ from xexport.report import format as fmt
 from xexport.report import tables
 from xexport.report.entries import fidelity_of, last_of, latency_of
 from xexport.report.jsonout import state_bytes, warnings_of, weights_bytes
-from xexport.report.words import speed_against, verdict
+from xexport.report.words import headline, speed_against, verdict
 
 __all__ = ["Tile", "bundle_view", "compared", "name_of", "reproduce", "title_of"]
 
@@ -47,6 +47,7 @@ def bundle_view(manifest: Manifest, records: Sequence[Record]) -> dict[str, Any]
         "name": name_of(manifest),
         "subtitle": subtitle(manifest),
         "warnings": warnings_of(manifest, records),
+        "headline": headline(records),
         "tiles": _tiles(manifest, records),
         "verdict": verdict(manifest, records),
         "fidelity": tables.fidelity(records),
@@ -83,8 +84,8 @@ def subtitle(manifest: Manifest) -> str:
 def compared(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> tables.Table:
     """One row a bundle."""
     columns = (
-        "Bundle", "Bits per byte", "Lost", "Same top-1", "KL mean", "Step p50", "p99",
-        "× PyTorch", "× ONNX fp32", "Prefill tokens/s", "Weights", "Peak memory",
+        "Bundle", "Bits per byte", "Lost", "Same top-1", "KL mean", "Step p50", "× PyTorch", "× ONNX fp32",
+        "Prefill /s", "Weights", "Peak memory",
     )  # fmt: skip
     rows = []
     for manifest, records in entries:
@@ -93,12 +94,8 @@ def compared(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> tables.Tab
         rows.append(
             (
                 name_of(manifest),
-                fmt.figure(row.bits_per_byte("candidate")[0], 4) if row else fmt.MISSING,
-                fmt.plus_minus(*row.bits_lost) if row else fmt.MISSING,
-                fmt.percent(row.agreement, 2) if row else fmt.MISSING,
-                fmt.figure(row.kl_mean) if row else fmt.MISSING,
+                *_compared_accuracy(row),
                 fmt.ms(latency.step_ms(50)) if latency else fmt.MISSING,
-                fmt.ms(latency.step_ms(99)) if latency else fmt.MISSING,
                 *(fmt.figure(s.ratio) if s else fmt.MISSING for s in speeds),
                 fmt.count(latency.prefill_tokens_per_s) if latency else fmt.MISSING,
                 fmt.bytes_text(weights_bytes(manifest)),
@@ -106,6 +103,17 @@ def compared(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> tables.Tab
             )
         )
     return tables.Table(columns, rows, tuple(range(1, len(columns))))
+
+
+def _compared_accuracy(row: Fidelity | None) -> tuple[str, ...]:
+    if row is None:
+        return (fmt.MISSING,) * 4
+    return (
+        fmt.figure(row.bits_per_byte("candidate")[0], 4),
+        fmt.plus_minus(*row.bits_lost),
+        fmt.percent(row.agreement, 2),
+        fmt.figure(row.kl_mean),
+    )
 
 
 def reproduce(manifest: Manifest) -> str:
@@ -172,8 +180,9 @@ def _fidelity_note(row: Fidelity) -> str:
 def _latency_note(latency: Latency) -> str:
     threads = latency.setup.environment.threads
     note = (
-        f"Batch {latency.batch}, {threads} thread{'' if threads == 1 else 's'}, {latency.warmup} steps of "
-        "warm-up thrown away; prefill and load are medians."
+        f"Batch {latency.batch}, {threads} thread{'' if threads == 1 else 's'}, times of "
+        f"{len(latency.step_ns)} steps after {latency.warmup} thrown away. Decode and prefill are in "
+        "tokens per second; prefill, first token and load are medians."
     )
     if latency.prompt:
         note += f" The first token is the first call of a fresh session, {latency.prompt} tokens long."

@@ -12,7 +12,7 @@ from xexport.report import format as fmt
 from xexport.report.entries import all_of, fidelity_of, last_of, latency_of, same_machine
 from xexport.report.jsonout import weights_bytes
 
-__all__ = ["RUNNER_NAMES", "Sentence", "Speed", "speed_against", "verdict"]
+__all__ = ["RUNNER_NAMES", "Sentence", "Speed", "headline", "speed_against", "verdict"]
 
 RUNNER_NAMES = {"torch": "PyTorch", "onnx": "ONNX fp32", "bundle": "this bundle"}
 
@@ -59,6 +59,35 @@ def speed_against(records: Sequence[Record], other: str) -> Speed | None:
     return Speed(other, theirs.step_ms(50) / mine.step_ms(50), math.nan, math.nan, False)
 
 
+def headline(records: Sequence[Record]) -> str:
+    """What was paid for what, in one line; empty if neither was measured."""
+    row, speed = fidelity_of(records), speed_against(records, "torch") or speed_against(records, "onnx")
+    parts = []
+    if speed is not None:
+        name = RUNNER_NAMES[speed.other]
+        if speed.slower:
+            parts.append(f"a step takes {fmt.times(1 / speed.ratio)} as long as in {name}")
+        else:
+            parts.append(
+                f"{fmt.times(speed.ratio)} as fast as {name}" if speed.faster else f"As fast as {name}"
+            )
+    if row is not None:
+        parts.append(_price(row))
+    text = ", ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _price(row: Fidelity) -> str:
+    lost, error = row.bits_lost
+    before = row.bits_per_byte("reference")[0]
+    if math.isnan(lost):
+        return "but broken: it gives values that are not finite"
+    if abs(lost) <= 2 * error or not before:
+        return "at no measurable loss"
+    more = "more" if lost > 0 else "fewer"
+    return f"for {fmt.figure(100 * abs(lost) / before, 2)}% {more} bits per byte"
+
+
 def verdict(manifest: Manifest, records: Sequence[Record]) -> list[Sentence]:
     """Speed, accuracy, size and the chunk law, one sentence each; nothing that was not measured."""
     found = [*_speed(records), *_accuracy(records), *_size(manifest), *_law(records)]
@@ -85,6 +114,15 @@ def _speed(records: Sequence[Record]) -> list[Sentence]:
             f"on {threads} thread{'s' if threads != 1 else ''} of {latency.setup.environment.cpu}.",
         )
     ]
+    load = latency.setup.environment.load_average
+    if load is not None and load > latency.setup.environment.cores + 1:
+        found.append(
+            Sentence(
+                "plain",
+                f"The machine was busy meanwhile (load {load:.1f} on {latency.setup.environment.cores} "
+                "cores): its times are too long, ratios from alternate rounds less so.",
+            )
+        )
     for other in ("onnx", "torch"):
         speed = speed_against(records, other)
         if speed is not None:
@@ -174,6 +212,8 @@ def _law(records: Sequence[Record]) -> list[Sentence]:
         return [
             Sentence("bad", f"The chunk law does not hold: among {ways} one gave values that are not finite.")
         ]
+    if law.error == 0:
+        return [Sentence("plain", f"{ways[0].upper()}{ways[1:]} into chunks all give the same bits.")]
     return [
         Sentence(
             "plain",
