@@ -99,7 +99,8 @@ def _parameter(*shape: int) -> nn.Parameter:
 
 def _shift(x: Tensor, last: Tensor) -> Tensor:
     """The input one token earlier, minus the input: [B,T,C] with ``last`` [B,C] before the first."""
-    return torch.cat((last.unsqueeze(1), x[:, :-1]), 1) - x
+    # cut after joining: x[:, :-1] would make torch.export guard against T = 2
+    return torch.cat((last.unsqueeze(1), x), 1)[:, :-1] - x
 
 
 class _TimeMix(nn.Module):

@@ -1,0 +1,243 @@
+"""Mamba-1: parity with transformers, the chunk law, loading a Hugging Face folder, roles."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tolerances import TOLERANCES
+from torch import Tensor
+
+from xexport.core.checkpoint import open_checkpoint
+from xexport.core.errors import CheckpointError
+from xexport.core.registry import get_family
+from xexport.core.state import state_shape
+from xexport.models.mamba import Mamba, MambaConfig
+
+FAMILY = get_family("mamba")
+TINY = FAMILY.presets["tiny"]
+
+
+def random_model(config: MambaConfig = TINY, seed: int = 0) -> Mamba:
+    """Initial weights plus noise, so that every path carries a signal."""
+    torch.manual_seed(seed)
+    module: Mamba = FAMILY.build(config).eval().requires_grad_(False)
+    FAMILY.init(module, seed)
+    for p in module.parameters():
+        p.add_(torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.5 * p.shape[-1] ** -0.5))
+    return module
+
+
+def zero_state(module: Mamba, batch: int) -> list[Tensor]:
+    return [torch.zeros(state_shape(s, batch)) for s in module.state_spec()]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return ((got - want).abs().max() / max(1.0, want.abs().max().item())).item()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=4),
+    kernel=st.integers(2, 5),
+    seed=st.integers(0, 50),
+)
+def test_any_cut_gives_the_same_logits_and_state(
+    batch: int, lengths: list[int], kernel: int, seed: int
+) -> None:
+    module = random_model(MambaConfig(2, 20, 31, state_size=3, conv_kernel=kernel), seed)
+    tokens = torch.randint(0, 31, (batch, sum(lengths)))
+    start = [torch.randn(state_shape(s, batch)) for s in module.state_spec()]
+    whole, *end = module(tokens, *start)
+    state, pieces = start, []
+    for piece in tokens.split(lengths, 1):
+        logits, *state = module(piece, *state)
+        pieces.append(logits)
+    assert error(torch.cat(pieces, 1), whole) < TOLERANCES["model_fp32"]
+    for spec, got, want in zip(module.state_spec(), state, end, strict=True):
+        assert error(got, want) < TOLERANCES["model_fp32"], spec.name
+
+
+def test_training_form_is_the_chunk_form_from_the_zero_state() -> None:
+    module = random_model()
+    training = FAMILY.train_form(TINY)
+    training.load_state_dict(module.state_dict())
+    tokens = torch.randint(0, TINY.vocab_size, (2, 37))
+    assert (
+        error(training(tokens).detach(), module(tokens, *zero_state(module, 2))[0]) < TOLERANCES["model_fp32"]
+    )
+    chunk = FAMILY.from_training(TINY, training.state_dict())
+    assert set(chunk) == set(module.state_dict())
+
+
+def test_every_parameter_gets_a_gradient_from_the_initial_values() -> None:
+    training = FAMILY.train_form(TINY)
+    FAMILY.init(training, 0)
+    training(torch.randint(0, TINY.vocab_size, (2, 20))).log_softmax(-1)[..., 3].mean().backward()
+    without = [n for n, p in training.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_init_depends_on_the_seed_alone_and_spreads_the_step_sizes() -> None:
+    one, two, other = (FAMILY.build(TINY) for _ in range(3))
+    FAMILY.init(one, 7)
+    FAMILY.init(two, 7)
+    FAMILY.init(other, 8)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    dt = torch.nn.functional.softplus(one.backbone.layers[0].mixer.dt_proj.bias)
+    assert 0.0009 < dt.min() < dt.max() < 0.11
+
+
+def test_export_keeps_one_operator_a_layer_and_dynamic_axes() -> None:
+    with torch.device("meta"):
+        module = FAMILY.build(TINY)
+        args = (torch.zeros(2, 3, dtype=torch.int64), *zero_state(module, 2))
+    batch, length = torch.export.Dim("B"), torch.export.Dim("T")
+    shapes = {"tokens": {0: batch, 1: length}, "state": tuple({0: batch} for _ in args[1:])}
+    program = torch.export.export(module, args, dynamic_shapes=shapes)
+    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert targets.count("xexport.selective_scan.default") == TINY.layers
+
+
+def save_hugging_face(folder: Path, **changes: Any) -> Any:
+    """A tiny random transformers model with a published layout, saved into ``folder``."""
+    transformers = pytest.importorskip("transformers", reason="the oracle is not installed")
+    row = {
+        "vocab_size": 41,
+        "hidden_size": 24,
+        "state_size": 5,
+        "num_hidden_layers": 2,
+        "expand": 2,
+        "conv_kernel": 4,
+        "initializer_range": 0.5,
+        "layer_norm_epsilon": 1e-4,
+        **changes,
+    }
+    torch.manual_seed(0)
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**row)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"use_bias": True, "use_conv_bias": False, "expand": 3, "conv_kernel": 3, "time_step_rank": 7},
+    ],
+    ids=["tied", "untied", "other sizes and biases"],
+)
+def test_parity_with_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = save_hugging_face(tmp_path, **changes)
+    raw = open_checkpoint(tmp_path)
+    assert FAMILY.recognise(raw)
+    loaded = FAMILY.load(raw)
+    module: Mamba = FAMILY.build(loaded.config).eval().requires_grad_(False)
+    module.load_state_dict(loaded.tensors)
+    tokens = torch.randint(0, 41, (2, 11))
+    with torch.no_grad():
+        want = model(tokens, use_cache=True)
+    got, *state = module(tokens, *zero_state(module, 2))
+    assert error(got, want.logits) < TOLERANCES["oracle_fp32"]
+    cache = want.cache_params
+    for token in (3, 17):
+        step = torch.full((2, 1), token)
+        with torch.no_grad():
+            want = model(step, cache_params=cache, use_cache=True)
+        got, *state = module(step, *state)
+        assert error(got, want.logits) < TOLERANCES["oracle_fp32"]
+    assert any("tied" in note for note in loaded.notes) == changes.get("tie_word_embeddings", True)
+
+
+def test_loads_a_file_of_our_own_training(tmp_path: Path) -> None:
+    config = {"layers": 2, "width": 24, "vocab_size": 61, "state_size": 4, "dt_rank": 3}
+    metadata = {
+        "xexport.family": "mamba",
+        "xexport.layout": "training",
+        "xexport.config": json.dumps(config),
+    }
+    tensors = {k: v.half() for k, v in random_model().state_dict().items()}
+    save_file(tensors, tmp_path / "own.safetensors", metadata)
+    loaded = FAMILY.load(open_checkpoint(tmp_path / "own.safetensors"))
+    assert loaded.config == TINY
+    assert set(loaded.tensors) == set(tensors)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"xexport.config": '{"layers": 2, "width": 24, "colour": 1}'}, "colour"),
+        ({"xexport.config": "{"}, "can't be read"),
+        ({}, "can't be read"),
+        ({"xexport.config": "{}", "xexport.layout": "chunks"}, "chunks"),
+    ],
+    ids=["unknown key", "not JSON", "no configuration", "unknown layout"],
+)
+def test_bad_metadata_is_refused(tmp_path: Path, metadata: dict[str, str], says: str) -> None:
+    table = {"xexport.family": "mamba", "xexport.layout": "training", **metadata}
+    save_file({"x": torch.zeros(1)}, tmp_path / "own.safetensors", table)
+    with pytest.raises(CheckpointError, match=says):
+        FAMILY.load(open_checkpoint(tmp_path / "own.safetensors"))
+
+
+def test_a_folder_of_another_model_type_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mamba2", "hidden_size": 8}')
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    raw = open_checkpoint(tmp_path)
+    assert FAMILY.recognise(raw) is None
+    with pytest.raises(CheckpointError, match="mamba2"):
+        FAMILY.load(raw)
+
+
+def test_a_wrong_shape_is_refused_by_tensor_name(tmp_path: Path) -> None:
+    save_hugging_face(tmp_path)
+    row = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**row, "state_size": 6}))
+    with pytest.raises(CheckpointError, match="A_log"):
+        FAMILY.load(open_checkpoint(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("130m", 129.135360), ("370m", 371.516416), ("790m", 793.204224)]
+)
+def test_presets_have_the_published_parameter_counts(preset: str, millions: float) -> None:
+    with torch.device("meta"):
+        module = FAMILY.build(FAMILY.presets[preset])
+    tied = module.lm_head.weight.numel()
+    assert sum(p.numel() for p in module.parameters()) - tied == round(millions * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("backbone.embeddings.weight", "embedding"),
+        ("lm_head.weight", "head"),
+        ("backbone.norm_f.weight", "norm"),
+        ("backbone.layers.1.norm.weight", "norm"),
+        ("backbone.layers.1.mixer.in_proj.weight", "projection"),
+        ("backbone.layers.1.mixer.out_proj.weight", "projection"),
+        ("backbone.layers.1.mixer.x_proj.weight", "gate"),
+        ("backbone.layers.1.mixer.dt_proj.bias", "decay"),
+        ("backbone.layers.1.mixer.A_log", "decay"),
+        ("backbone.layers.1.mixer.conv1d.weight", "conv"),
+        ("backbone.layers.1.mixer.D", "other"),
+    ],
+)
+def test_roles(name: str, role: str) -> None:
+    assert name in FAMILY.build(TINY).state_dict()
+    assert next(r for pattern, r in FAMILY.roles if fnmatch.fnmatchcase(name, pattern)) == role

@@ -1,0 +1,314 @@
+"""RWKV-7: parity with rwkv 0.8.32 and published weights, the chunk law, loading, roles."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tolerances import TOLERANCES
+from torch import Tensor
+
+from xexport.core.checkpoint import open_checkpoint
+from xexport.core.errors import CheckpointError
+from xexport.core.registry import get_family
+from xexport.core.state import state_shape
+from xexport.models.rwkv import Rwkv, RwkvConfig
+
+FAMILY = get_family("rwkv")
+TINY = FAMILY.presets["tiny"]
+DATA = Path(__file__).parents[2] / "shared" / "data"
+REVERSE_VOCABULARY = "0123456789,#"
+
+
+def random_model(config: RwkvConfig = TINY, seed: int = 0) -> Rwkv:
+    """Initial weights plus noise, so that no path is close to zero."""
+    torch.manual_seed(seed)
+    module: Rwkv = FAMILY.build(config).eval().requires_grad_(False)
+    FAMILY.init(module, seed)
+    for p in module.parameters():
+        p.add_(torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.5 * p.shape[-1] ** -0.5))
+    return module
+
+
+def zero_state(module: Rwkv, batch: int) -> list[Tensor]:
+    return [torch.zeros(state_shape(s, batch)) for s in module.state_spec()]
+
+
+def load_module(path: Path) -> Rwkv:
+    loaded = FAMILY.load(open_checkpoint(path))
+    module: Rwkv = FAMILY.build(loaded.config).eval().requires_grad_(False)
+    module.load_state_dict(loaded.tensors)
+    return module
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    assert got.shape == want.shape
+    return ((got - want).abs().max() / max(1.0, want.abs().max().item())).item()
+
+
+def need(name: str) -> Path:
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not here: the shared test data is not part of the project")
+    return path
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=4),
+    seed=st.integers(0, 50),
+)
+def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int], seed: int) -> None:
+    module = random_model(seed=seed)
+    tokens = torch.randint(0, TINY.vocab_size, (batch, sum(lengths)))
+    start = [torch.randn(state_shape(s, batch)) for s in module.state_spec()]
+    whole, *end = module(tokens, *start)
+    state, pieces = start, []
+    for piece in tokens.split(lengths, 1):
+        logits, *state = module(piece, *state)
+        pieces.append(logits)
+    assert error(torch.cat(pieces, 1), whole) < TOLERANCES["model_fp32"]
+    for spec, got, want in zip(module.state_spec(), state, end, strict=True):
+        assert error(got, want) < TOLERANCES["model_fp32"], spec.name
+
+
+def test_training_form_is_the_chunk_form_from_the_zero_state() -> None:
+    module = random_model()
+    training = FAMILY.train_form(TINY)
+    training.load_state_dict(module.state_dict())
+    tokens = torch.randint(0, TINY.vocab_size, (2, 37))
+    assert (
+        error(training(tokens).detach(), module(tokens, *zero_state(module, 2))[0]) < TOLERANCES["model_fp32"]
+    )
+    chunk = FAMILY.from_training(TINY, training.state_dict())
+    assert set(chunk) == set(module.state_dict())
+
+
+def test_every_parameter_gets_a_gradient_from_the_initial_values() -> None:
+    training = FAMILY.train_form(TINY)
+    FAMILY.init(training, 0)
+    training(torch.randint(0, TINY.vocab_size, (2, 20))).log_softmax(-1)[..., 3].mean().backward()
+    without = [n for n, p in training.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_init_depends_on_the_seed_alone() -> None:
+    one, two, other = (FAMILY.build(TINY) for _ in range(3))
+    FAMILY.init(one, 7)
+    FAMILY.init(two, 7)
+    FAMILY.init(other, 8)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+def test_export_keeps_one_operator_a_layer_and_dynamic_axes() -> None:
+    with torch.device("meta"):
+        module = FAMILY.build(TINY)
+        args = (torch.zeros(2, 3, dtype=torch.int64), *zero_state(module, 2))
+    batch, length = torch.export.Dim("B"), torch.export.Dim("T")
+    shapes = {"tokens": {0: batch, 1: length}, "state": tuple({0: batch} for _ in args[1:])}
+    program = torch.export.export(module, args, dynamic_shapes=shapes)
+    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert targets.count("xexport.wkv7.default") == TINY.layers
+
+
+@pytest.mark.oracle
+def test_logits_of_the_published_test_model() -> None:
+    module = load_module(need("rwkv7-834k.pth"))
+    expected = np.load(need("rwkv7-834k.expected-logits.npy"))
+    logits = module(torch.tensor([list(b'"in')]), *zero_state(module, 1))[0][0, -1]
+    assert np.abs(logits.numpy() - expected).max() < TOLERANCES["oracle_fp32"]
+
+
+_ORACLE = """
+import sys, numpy as np, torch
+from rwkv.model import RWKV
+model = RWKV(model=sys.argv[1], strategy="cpu fp32")
+tokens = [int(t) for t in sys.argv[3].split(",")]
+logits, state = model.forward(tokens, None, full_output=True)
+step, state = model.forward([5], state)
+np.savez(sys.argv[2], logits=logits.numpy(), step=step.numpy(), wkv=state[4].numpy(), shift=state[5].numpy())
+"""
+
+
+@pytest.mark.oracle
+def test_parity_with_the_rwkv_package(tmp_path: Path) -> None:
+    if importlib.util.find_spec("rwkv") is None:
+        pytest.skip("the package rwkv (0.8.32) is not installed")
+    module = random_model(RwkvConfig(3, 128, 50, 64, 200, 16, 12, 8, 24), seed=3)
+    torch.save(dict(module.state_dict()), tmp_path / "model.pth")
+    tokens = torch.randint(0, 50, (1, 19))
+    text = ",".join(str(t) for t in tokens[0].tolist())
+    # a process of its own: the package chooses its architecture by the environment when it is imported
+    subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            _ORACLE,
+            str(tmp_path / "model"),
+            str(tmp_path / "o.npz"),
+            text,
+        ],
+        env={**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"},
+        check=True,
+        capture_output=True,
+    )
+    oracle = {k: torch.from_numpy(v) for k, v in np.load(tmp_path / "o.npz").items()}
+    logits, *state = module(tokens, *zero_state(module, 1))
+    assert error(logits[0], oracle["logits"]) < TOLERANCES["oracle_fp32"]
+    step, *state = module(torch.tensor([[5]]), *state)
+    assert error(step[0, 0], oracle["step"].flatten()) < TOLERANCES["oracle_fp32"]
+    assert error(state[4][0], oracle["wkv"]) < TOLERANCES["oracle_fp32"]
+    assert error(state[5][0], oracle["shift"].flatten()) < TOLERANCES["oracle_fp32"]
+
+
+def reversal_in_the_published_layout(raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reversal model's keys, mapped to the LM layout with the optional biases."""
+    parts = {"e": "emb", "o": "head", "lno": "ln_out"}
+    for index in (0, 1):
+        block = f"blocks.{index}."
+        parts |= {
+            f"ln{index + 1}a": block + "ln1",
+            f"ln{index + 1}b": block + "ln2",
+            f"rwkv{index + 1}": block + "att",
+            f"ffn{index + 1}": block + "ffn",
+            f"rosa{index + 1}.o": block + "att.output",
+        }
+    out = {}
+    for name, tensor in raw.items():
+        for old, new in parts.items():
+            if name.startswith(old + ".") and not (old.startswith("rosa") and name.endswith("weight")):
+                out[new + name[len(old) :]] = tensor
+    return out
+
+
+@pytest.fixture(scope="module")
+def reversal(tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
+    raw = torch.load(need("rwkv7-reverse-l2.pth"), weights_only=True, map_location="cpu")
+    path = tmp_path_factory.mktemp("reversal") / "reverse.pth"
+    torch.save(reversal_in_the_published_layout(raw), path)
+    return load_module(path)
+
+
+@pytest.mark.oracle
+def test_trained_model_reverses_every_string_of_1_to_60_digits(reversal: Rwkv) -> None:
+    assert not reversal.config.ln0
+    assert reversal.config.head_bias
+    assert reversal.config.att_output_bias
+    rng = random.Random(0)
+    wrong = []
+    for length in range(1, 61):
+        digits = "".join(rng.choice("0123456789") for _ in range(length))
+        ids = [REVERSE_VOCABULARY.index(c) for c in digits + ","]
+        logits, *state = reversal(torch.tensor([ids]), *zero_state(reversal, 1))
+        written = ""
+        for _ in range(length):
+            token = logits[0, -1].argmax().item()
+            written += REVERSE_VOCABULARY[token]
+            logits, *state = reversal(torch.tensor([[token]]), *state)
+        if written != digits[::-1]:
+            wrong.append((digits, written))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_loads_published_bfloat16_with_unread_tensors_of_block_0(tmp_path: Path, suffix: str) -> None:
+    module = random_model()
+    tensors = {k: v.bfloat16() for k, v in module.state_dict().items()}
+    tensors |= {f"blocks.0.att.v{i}": torch.zeros(2) for i in range(3)}
+    path = tmp_path / f"model{suffix}"
+    torch.save(tensors, path) if suffix == ".pth" else save_file(tensors, path)
+    raw = open_checkpoint(path)
+    assert FAMILY.recognise(raw)
+    loaded = FAMILY.load(raw)
+    assert loaded.config == TINY
+    assert loaded.notes == ()
+    assert set(loaded.tensors) == set(module.state_dict())
+    assert all(t.dtype == torch.bfloat16 for t in loaded.tensors.values())
+
+
+def test_loads_a_file_of_our_own_training(tmp_path: Path) -> None:
+    tensors = {k: v.half() for k, v in random_model().state_dict().items()}
+    metadata = {
+        "xexport.family": "rwkv",
+        "xexport.layout": "training",
+        "xexport.config": json.dumps({"layers": 2, "width": 32, **_tiny_rest(), "group_norm_eps": 1e-5}),
+    }
+    save_file(tensors, tmp_path / "own.safetensors", metadata)
+    loaded = FAMILY.load(open_checkpoint(tmp_path / "own.safetensors"))
+    assert loaded.config.group_norm_eps == 1e-5
+    assert loaded.config.ffn_width == 72
+
+
+def _tiny_rest() -> dict[str, int]:
+    names = ("vocab_size", "head_size", "ffn_width", "decay_rank", "iclr_rank", "value_rank", "gate_rank")
+    return {name: getattr(TINY, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop("head.weight"), "head.weight"),
+        (lambda t: t.pop("blocks.1.att.k_a"), "blocks.1.att.k_a"),
+        (lambda t: t.update({"blocks.1.att.w2": torch.zeros(3, 32)}), "blocks.1.att.w2"),
+        (lambda t: t.update({"ln_out.bias": torch.zeros(31)}), "ln_out.bias"),
+    ],
+    ids=["no head", "a tensor missing", "a wrong rank", "a wrong width"],
+)
+def test_a_bad_checkpoint_is_refused_by_tensor_name(tmp_path: Path, change: object, says: str) -> None:
+    tensors = dict(random_model().state_dict())
+    assert callable(change)
+    change(tensors)
+    torch.save(tensors, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError) as caught:
+        FAMILY.load(open_checkpoint(tmp_path / "bad.pth"))
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [("0.1B", 191.034624), ("0.4B", 450.767872), ("1.5B", 1527.404544), ("2.9B", 2947.73504)],
+)
+def test_presets_have_the_published_parameter_counts(preset: str, millions: float) -> None:
+    with torch.device("meta"):
+        module = FAMILY.build(FAMILY.presets[preset])
+    assert sum(p.numel() for p in module.parameters()) == round(millions * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("emb.weight", "embedding"),
+        ("head.weight", "head"),
+        ("blocks.0.ln0.bias", "norm"),
+        ("blocks.1.att.ln_x.weight", "norm"),
+        ("blocks.1.att.receptance.weight", "projection"),
+        ("blocks.1.ffn.value.weight", "projection"),
+        ("blocks.1.att.w0", "decay"),
+        ("blocks.1.att.w2", "decay"),
+        ("blocks.1.att.a1", "low_rank"),
+        ("blocks.1.att.v2", "low_rank"),
+        ("blocks.1.att.g2", "low_rank"),
+        ("blocks.1.att.v0", "gate"),
+        ("blocks.1.ffn.x_k", "gate"),
+        ("blocks.1.att.r_k", "gate"),
+    ],
+)
+def test_roles(name: str, role: str) -> None:
+    assert name in FAMILY.build(TINY).state_dict()
+    assert next(r for pattern, r in FAMILY.roles if fnmatch.fnmatchcase(name, pattern)) == role
