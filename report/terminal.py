@@ -41,7 +41,7 @@ def _measured(data: Record) -> Iterable[RenderableType]:
     head = [str(data[k]) for k in ("model", "target") if k in data]
     yield _pairs(" on ".join(head) or "bundle", _accuracy(data) + _speed(data) + _sizes(data))
     yield _rows("time by operator, one step", (data.get("operators") or ())[:12])
-    yield from _tree({k: v for k, v in data.items() if k not in _SHOWN})
+    yield _pairs("", _leaves({k: v for k, v in data.items() if k not in _SHOWN}, ""))
     yield from _warnings(data)
     for problem in data.get("problems") or ():
         yield f"[red]problem[/] {_plain(problem)}"
@@ -129,8 +129,8 @@ def _speed(data: Record) -> list[tuple[str, str]]:
             rows.append((f"step speed against {other}", f"{_number(ratio['ratio'])} x ({between})"))
     bandwidth = data.get("bandwidth") or {}
     if _is_number(bandwidth.get("fraction_of_floor")):
-        floor = f"{_number(bandwidth.get('floor_ms'))} ms to read the weights"
-        rows.append(("of the memory floor", f"{100 * bandwidth['fraction_of_floor']:.0f} % ({floor})"))
+        share = f"{100 * bandwidth['fraction_of_floor']:.0f} % of a step"
+        rows.append(("reading the weights takes", f"{_number(bandwidth.get('floor_ms'))} ms, {share}"))
     rows.append(("nodes run by", _named(data.get("placement"))))
     if data.get("native_kernels") is not None:
         rows.append(("native kernels", _value(data["native_kernels"])))
@@ -175,7 +175,9 @@ def _inspect(data: Record) -> Iterable[RenderableType]:
     yield _rows("inputs and outputs", [*data.get("inputs", ()), *data.get("outputs", ())])
     yield _rows("state", data.get("state", ()), limit=24)
     yield _rows("operators", data.get("lowerings", ()))
-    yield from _tree({k: data[k] for k in ("checks", "figures") if data.get(k)})
+    yield _pairs("checks at export", _leaves(data.get("checks") or {}, ""))
+    figures = data.get("figures") or {}
+    yield _pairs("figures at export", _accuracy(figures) + _speed(figures))
     yield from _warnings(data)
 
 
@@ -223,9 +225,7 @@ def _warnings(data: Record) -> Iterable[RenderableType]:
 
 def _tree(data: Record) -> Iterable[RenderableType]:
     """Any record: nested keys joined with dots."""
-    rows = list(_leaves(data, ""))
-    if rows:
-        yield _pairs("", rows)
+    yield _pairs("", _leaves(data, ""))
 
 
 def _leaves(data: Record, prefix: str) -> Iterable[tuple[str, str]]:
@@ -247,7 +247,7 @@ def _pairs(title: str, rows: Iterable[tuple[str, str]]) -> RenderableType:
     for label, value in rows:
         if value not in ("", "None"):
             table.add_row(label, value)
-    return table
+    return table if table.row_count else ""
 
 
 def _rows(title: str, records: Sequence[Record], limit: int = 200) -> RenderableType:
