@@ -26,7 +26,7 @@ __all__ = ["OrtCell", "OrtEngine", "open_engine", "unavailable"]
 
 Array = npt.NDArray[Any]
 _ALIGNMENT = 64
-_OLDEST = (1, 22)
+_OLDEST = (1, 23)  # the first with every operator of opset 23; 1.22.1 refuses the graph
 
 
 def unavailable(provider: str) -> str | None:

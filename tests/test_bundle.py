@@ -265,3 +265,10 @@ def test_a_library_that_cannot_be_loaded_is_an_error_with_a_way_out(
     with pytest.raises(RuntimeFailure, match="native kernels can't be loaded") as caught:
         load(toy_bundle).stream()
     assert "XEXPORT_NATIVE=0" in str(caught.value.fix)
+
+
+def test_an_onnxruntime_that_is_too_old_is_named(toy_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", "1.22.1")
+    with pytest.raises(RuntimeFailure) as caught:
+        load(toy_bundle).stream()
+    assert "onnxruntime 1.22.1 is older than 1.23" in str(caught.value.got)
