@@ -174,7 +174,7 @@ def _measure(
     """Accuracy of ONNX and of the bundle against PyTorch, then speed, into results.jsonl."""
     from xexport.evaluate import suite
 
-    sizes = suite.sizes_for(bundle.manifest.model.parameters)
+    sizes = suite.sizes_for(bundle.manifest.model.parameters, torch_stream)
     setup = suite.setup_for(bundle.manifest, name, corpus)
     candidates = {"onnx": fp32.stream(), "bundle": bundle.stream()}
     rows: list[Record] = suite.accuracy(torch_stream, candidates, corpus, setup, sizes, progress)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
+import numpy as np
 
 from xexport.core.manifest import Manifest
 from xexport.core.progress import Progress
@@ -25,25 +27,44 @@ from xexport.runtimes.bundle import Bundle
 __all__ = ["Sizes", "accuracy", "law", "setup_for", "sizes_for", "speed"]
 
 _LARGE = 50_000_000  # parameters
+_BUDGET = 8.0  # seconds of the slowest runner's time for each of fidelity and drift
+_PROBE = 64  # tokens
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; a large model gets less, so that an export stays a matter of minutes."""
+    """How much is measured; a slow model gets less, so that an export stays a matter of minutes."""
 
-    fidelity_tokens: int
-    drift_tokens: int
-    chunk_tokens: int
-    steps: int
-    prefill: tuple[int, ...]
-    positions: tuple[int, ...]
+    fidelity_tokens: int = 8192
+    drift_tokens: int = 8192
+    chunk_tokens: int = 96
+    steps: int = 200
+    prefill: tuple[int, ...] = (128, 512)
+    positions: tuple[int, ...] = (100, 1000, 1900)
 
 
-def sizes_for(parameters: int) -> Sizes:
-    """The amount of work by model size."""
+def sizes_for(parameters: int, slowest: Runner | None = None) -> Sizes:
+    """The amount of work, from the model's size and, if given, the speed of its slowest runner."""
+    sizes = Sizes()
     if parameters > _LARGE:
-        return Sizes(512, 512, 48, 40, (128,), ())
-    return Sizes(8192, 8192, 96, 200, (128, 512), (100, 1000, 1900))
+        sizes = Sizes(1024, 1024, 48, 40, (128,), ())
+    if slowest is None:
+        return sizes
+    affordable = int(_BUDGET / _seconds_per_token(slowest)) // 256 * 256
+    tokens = max(512, min(sizes.fidelity_tokens, affordable))
+    return replace(sizes, fidelity_tokens=tokens, drift_tokens=tokens)
+
+
+def _seconds_per_token(runner: Runner) -> float:
+    count = min(_PROBE, runner.max_tokens or _PROBE)
+    ids = np.zeros((runner.batch, count), np.int64)
+    runner.feed(ids)
+    runner.reset()
+    began = time.perf_counter()
+    runner.feed(ids)
+    seconds = time.perf_counter() - began
+    runner.reset()
+    return seconds / count
 
 
 def setup_for(manifest: Manifest, bundle: str, corpus: Corpus | None, threads: int | None = None) -> Setup:

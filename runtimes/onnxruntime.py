@@ -2,8 +2,8 @@
 
 A stream keeps two sets of state buffers. One binding reads set 0 and writes set 1, the other the
 reverse; both are made once, so a token costs no Python work per state tensor. Measured with
-onnxruntime 1.31 on one Zen 3 core: 4 us + 0.3 us a state tensor, against 10 us + 3 us for
-``session.run`` with numpy arrays.
+onnxruntime 1.31 on one Zen 3 core: ``Stream.feed`` of one token costs 8 us + 0.3 us a state tensor
+(checks and the caller's copy of the logits included), ``session.run`` with numpy 10 us + 2.7 us.
 """
 
 from __future__ import annotations

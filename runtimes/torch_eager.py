@@ -74,7 +74,7 @@ class TorchCell:
         import torch
 
         with torch.inference_mode():
-            outputs = self._module(torch.from_numpy(ids), *self._state)
+            outputs = self._module(torch.from_numpy(ids if ids.flags.writeable else ids.copy()), *self._state)
             if not isinstance(outputs, tuple | list) or len(outputs) != 1 + len(self._names):
                 count = len(outputs) if isinstance(outputs, tuple | list) else type(outputs).__name__
                 raise RuntimeFailure(

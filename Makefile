@@ -1,0 +1,39 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both make their own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types unit clean
+
+demo: $(VENV)/.export
+	$(BIN)/xexport rwkv --target cpu-int8 --out rwkv-cpu-int8 --force
+	@echo
+	@echo "The report: $(CURDIR)/rwkv-cpu-int8/report.html"
+	@echo "Try it:     $(BIN)/xexport run rwkv-cpu-int8 --prompt 'Call me '"
+
+test: lint types unit
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+unit: $(VENV)/.test
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.export: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[export]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.export
+	$(BIN)/python -m pip install --quiet --editable '.[export,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
