@@ -169,6 +169,12 @@ def _parity(
     return _largest(specs, *reference(tokens, start), *candidate(tokens, start))
 
 
+def _rms(values: Array) -> float:
+    """RMS of the elements that are not zero: a cache that is still mostly empty must not count as small."""
+    filled = np.count_nonzero(values)
+    return float(np.sqrt(np.square(values, dtype=np.float64).sum() / filled)) if filled else 0.0
+
+
 def _largest(
     specs: Sequence[StateSpec], want: Array, want_state: list[Array], got: Array, got_state: list[Array]
 ) -> tuple[float, str]:
@@ -179,7 +185,7 @@ def _largest(
     for what, a, b in pairs:
         if a.shape != b.shape:
             return float("inf"), f"{what} has shape {list(b.shape)} instead of {list(a.shape)}"
-        scale = max(float(np.sqrt(np.mean(np.square(a, dtype=np.float64)))), 1e-3)
+        scale = max(_rms(a), 1e-3)
         error = float(np.abs(a.astype(np.float64) - b).max()) / scale if a.size else 0.0
         if not np.isfinite(error):
             return float("inf"), f"{what} is not finite"

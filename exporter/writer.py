@@ -35,6 +35,9 @@ def write_model(model: ir.Model, folder: Path, progress: Progress | None = None)
     """
     progress = progress or Silent()
     values = [v for v in model.graph.initializers.values() if _is_large(v)]
+    for value in model.graph.initializers.values():
+        if not _is_large(value):
+            _inline(value)
     progress.stage("write weights", total=len(values))
     try:
         entries = [_write_data(values, folder, progress)] if values else []
@@ -64,6 +67,13 @@ def file_entry(path: Path) -> FileEntry:
 def _is_large(value: ir.Value) -> bool:
     tensor = value.const_value
     return tensor is not None and tensor.nbytes >= _INLINE
+
+
+def _inline(value: ir.Value) -> None:
+    """A small tensor goes into the .onnx itself, wherever its bytes are now."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor | ir.LazyTensor):
+        value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
 def _write_data(values: list[ir.Value], folder: Path, progress: Progress) -> FileEntry:
