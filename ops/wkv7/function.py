@@ -14,8 +14,8 @@ __all__ = ["SPEC"]
 
 _INPUTS = ("r", "w", "k", "v", "a", "b", "state")
 _OUTPUTS = ("y", "new_state")
-_CHUNK = 32
-_SHORT = 12
+_CHUNK = 16
+_SHORT = 8
 _Nodes = Callable[[BodyBuilder], tuple[str, str]]
 
 
@@ -66,64 +66,57 @@ def _scan_nodes(g: BodyBuilder) -> tuple[str, str]:
 
 
 def _chunk_nodes(g: BodyBuilder) -> tuple[str, str]:
-    """The form of parallel.py with C = 32: a loop of two matrix products a chunk (see README.md)."""
+    """The form of parallel.py: what needs the state is a loop of three products a chunk (see README.md)."""
     C = _CHUNK
-    length = g.op("Shape", "r", start=1, end=2)
-    size = g.ints(C)
+    batch, length = g.op("Shape", "r", start=0, end=1), g.op("Shape", "r", start=1, end=2)
+    heads, size = g.op("Shape", "r", start=2, end=4), g.ints(C)
     count = g.op("Div", g.op("Add", length, g.ints(C - 1)), size)
-    padding = g.op("Sub", g.op("Mul", count, size), length)
-    pads = g.op("Concat", g.ints(0, 0, 0, 0, 0), padding, g.ints(0, 0), axis=0)
-    heads = g.op("Shape", "r", start=2, end=4)
-    shape = g.op("Concat", g.op("Shape", "r", start=0, end=1), count, size, heads, axis=0)
+    padded = g.op("Mul", count, size)
+    pads = g.op("Concat", g.ints(0, 0, 0, 0, 0), g.op("Sub", padded, length), g.ints(0, 0), axis=0)
+    shape = g.op("Concat", batch, count, size, heads, axis=0)
 
-    def cut(name: str) -> str:
-        """[B,T,H,N] -> [chunks,B,H,C,N]; padding with 0 (log decay 0, no key) leaves the state alone."""
-        return g.op("Transpose", g.op("Reshape", g.op("Pad", name, pads), shape), perm=[1, 0, 3, 2, 4])
+    def cut(name: str, fill: float = 0.0) -> str:
+        """[B,T,H,N] -> [chunks,B,H,C,N]; padding tokens (decay 1, no key) leave the state alone."""
+        padded_x = g.op("Pad", name, pads, g.const(fill, np.float32))
+        return g.op("Transpose", g.op("Reshape", padded_x, shape), perm=[1, 0, 3, 2, 4])
 
     def turned(name: str) -> str:
         return g.op("Transpose", name, perm=[0, 1, 2, 4, 3])
 
-    log_w = cut(g.op("Log", "w"))
-    ones = np.tril(np.ones((C, C), np.float32))
-    total = g.op("MatMul", g.const(ones), log_w)
-    decay, decay_inverse = g.op("Exp", total), g.op("Exp", g.op("Neg", total))
-    values = cut("v")
-    a_hat = g.op("Mul", cut("a"), g.op("Exp", g.op("Sub", total, log_w)))
+    w, values = cut("w", 1.0), cut("v")
+    lower = np.tril(np.ones((C, C), np.float32))
+    decay = g.op("Exp", g.op("MatMul", g.const(lower), g.op("Log", w)))
+    undo = g.op("Reciprocal", decay)
+    a_hat = g.op("Mul", cut("a"), g.op("Div", decay, w))
     r_hat = g.op("Mul", cut("r"), decay)
-    keys = turned(
-        g.op("Concat", g.op("Mul", cut("b"), decay_inverse), g.op("Mul", cut("k"), decay_inverse), axis=3)
-    )
-    strict = ones - np.eye(C, dtype=np.float32)
-    halves = g.ints(C, C)
-    a_scores = g.op("Mul", g.op("MatMul", a_hat, keys), g.const(np.hstack([strict, strict])))
-    r_scores = g.op("Mul", g.op("MatMul", r_hat, keys), g.const(np.hstack([ones, ones])))
-    a_b, a_k = g.multi("Split", a_scores, halves, outs=2, axis=4)
+    keys = g.op("Concat", g.op("Mul", cut("b"), undo), g.op("Mul", cut("k"), undo), axis=3)
+    strict = g.const(np.tile(lower - np.eye(C, dtype=np.float32), 2))
+    a_scores = g.op("Mul", g.op("MatMul", a_hat, turned(keys)), strict)
+    r_scores = g.op("Mul", g.op("MatMul", r_hat, turned(keys)), g.const(np.tile(lower, 2)))
+    a_b, a_k = g.multi("Split", a_scores, g.ints(C, C), outs=2, axis=4)
     inverse = _unit_lower_inverse(g, a_b, C)
-    reads = g.op("Concat", g.op("MatMul", inverse, a_hat), r_hat, axis=3)
+    removes = g.op("MatMul", inverse, a_hat)
     update = g.op("MatMul", inverse, g.op("MatMul", a_k, values))
-    kept = turned(g.op("Slice", decay, g.ints(C - 1), g.ints(C), g.ints(3)))
-    writes = g.op("Concat", r_scores, g.op("Mul", keys, kept), axis=3)
-    loop = [reads, update, values, writes, kept]
+    kept = g.op("Slice", decay, g.ints(C - 1), g.ints(C), g.ints(3))
+    loop = [removes, update, values, r_hat, g.op("Mul", keys, kept), turned(kept)]
     start = g.op("Transpose", "state", perm=[0, 1, 3, 2])
-    end, rows = g.multi("Scan", start, *loop, outs=2, body=_chunk_loop(C), num_scan_inputs=5)
-    padded = g.op("Concat", g.op("Shape", "r", start=0, end=1), g.op("Mul", count, size), heads, axis=0)
-    y = g.op("Reshape", g.op("Transpose", rows, perm=[1, 0, 3, 2, 4]), padded)
+    end, new, old = g.multi("Scan", start, *loop, outs=3, body=_chunk_loop(), num_scan_inputs=6)
+    y = g.op("Add", g.op("MatMul", r_scores, new), old)
+    y = g.op("Transpose", y, perm=[1, 0, 3, 2, 4])
+    y = g.op("Reshape", y, g.op("Concat", batch, padded, heads, axis=0))
     return g.op("Slice", y, g.ints(0), length, g.ints(1)), g.op("Transpose", end, perm=[0, 1, 3, 2])
 
 
-def _chunk_loop(C: int) -> onnx.GraphProto:
-    """(Z [B,H,K,V]; W over r^, U0, V, scores over keys, decay) -> (Z after the chunk, y [B,H,C,V])."""
+def _chunk_loop() -> onnx.GraphProto:
+    """(Z [B,H,K,V]; ...) -> (Z after the chunk, its rows [U; V] [B,H,2C,V], what r^ reads of Z [B,H,C,V])."""
     g = BodyBuilder("wkv7_chunk")
-    names = [g.fresh(x) for x in ("z", "reads", "update", "values", "writes", "kept")]
-    z, reads, update, values, writes, kept = names
-    read_u, read_y = g.multi("Split", g.op("MatMul", reads, z), g.ints(C, C), outs=2, axis=2)
-    rows = g.op("Concat", g.op("Add", read_u, update), values, axis=2)
-    width = g.op("Sub", g.op("Shape", writes, start=2, end=3), g.ints(C))
-    sizes = g.op("Concat", g.ints(C), width, axis=0)
-    write_y, write_z = g.multi("Split", g.op("MatMul", writes, rows), sizes, outs=2, axis=2)
-    y = g.op("Add", read_y, write_y)
-    z_out = g.op("Add", g.op("Mul", z, kept), write_z)
-    return g.graph("wkv7_chunk", [_tensor(n, 4) for n in names], [_tensor(n, 4) for n in (z_out, y)])
+    names = [g.fresh(x) for x in ("z", "removes", "update", "values", "r_hat", "keys", "kept")]
+    z, removes, update, values, r_hat, keys, kept = names
+    rows = g.op("Concat", g.op("Add", g.op("MatMul", removes, z), update), values, axis=2)
+    written = g.op("MatMul", g.op("Transpose", keys, perm=[0, 1, 3, 2]), rows)
+    old = g.op("MatMul", r_hat, z)
+    z_out = g.op("Add", g.op("Mul", z, kept), written)
+    return g.graph("wkv7_chunk", [_tensor(n, 4) for n in names], [_tensor(n, 4) for n in (z_out, rows, old)])
 
 
 def _unit_lower_inverse(g: BodyBuilder, strict: str, size: int) -> str:
@@ -143,7 +136,7 @@ def _branch(nodes: _Nodes, name: str) -> onnx.GraphProto:
 
 
 def _prefill_nodes(g: BodyBuilder) -> tuple[str, str]:
-    """A padded chunk costs as much as about 12 Scan steps, so shorter pieces go through the Scan."""
+    """A padded chunk costs as much as about 8 Scan steps, so shorter pieces go through the Scan."""
     is_short = g.op("Less", g.op("Shape", "r", start=1, end=2), g.ints(_SHORT))
     short, long = _branch(_scan_nodes, "short"), _branch(_chunk_nodes, "long")
     y, state = g.multi("If", is_short, outs=2, then_branch=short, else_branch=long)
@@ -173,7 +166,7 @@ SPEC = OpSpec(
     bodies={
         "auto": Body(
             lambda opset: _body(_auto_nodes, opset),
-            "one graph for every T: the step body at 1, a Scan below 12, chunks of 32 tokens beyond",
+            "one graph for every T: the step body at 1, a Scan below 8, chunks of 16 tokens beyond",
         ),
         "step": Body(
             lambda opset: _body(_step_nodes, opset),
@@ -181,7 +174,7 @@ SPEC = OpSpec(
         ),
         "chunked": Body(
             lambda opset: _body(_chunk_nodes, opset),
-            "prefill as matrix products (UT transform, 32 tokens a loop step): fastest body for long T",
+            "prefill as matrix products (UT transform, 16 tokens a loop step): fastest body for long T",
         ),
         "scan": Body(
             lambda opset: _body(_scan_nodes, opset),
