@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xexport.core.progress import Progress, Silent
-from xexport.core.records import Drift, Setup, Window
+from xexport.core.records import Drift, Fidelity, Setup, Window
 from xexport.core.runner import Runner
+from xexport.evaluate.fidelity import fidelity_row, scored_bytes
 from xexport.evaluate.metrics import TokenMetrics
-from xexport.evaluate.streaming import check_tokens, stream_compared, warn_not_finite
+from xexport.evaluate.streaming import check_tokens, notes_of, stream_compared
 
-__all__ = ["drift", "state_errors", "window_stops"]
+__all__ = ["compare_and_drift", "drift", "state_errors", "window_stops"]
 
 
 def window_stops(total: int, windows: int, spacing: str = "log") -> list[int]:
@@ -43,54 +44,103 @@ def drift(
     reference_name: str = "torch",
     progress: Progress | None = None,
 ) -> dict[str, Drift]:
-    """Stream one long text through the reference once and through every candidate.
+    """The drift alone of :func:`compare_and_drift`."""
+    _, rows = compare_and_drift(
+        reference,
+        candidates,
+        tokens,
+        setup=setup,
+        chunk=chunk,
+        windows=windows,
+        spacing=spacing,
+        reference_name=reference_name,
+        progress=progress,
+    )
+    return rows
+
+
+def compare_and_drift(
+    reference: Runner,
+    candidates: Mapping[str, Runner],
+    tokens: Sequence[int] | Any,
+    *,
+    setup: Setup,
+    chunk: int = 256,
+    text_bytes: int | None = None,
+    windows: int = 16,
+    spacing: str = "log",
+    reference_name: str = "torch",
+    progress: Progress | None = None,
+) -> tuple[dict[str, Fidelity], dict[str, Drift]]:
+    """Stream one long text once, for the fidelity of the whole and for its course along the stream.
 
     Args:
-        tokens: ``[n]`` token ids; cut at the model's longest stream (the row says so).
-        windows, spacing: see :func:`window_stops`; the states are compared where windows end.
+        tokens: ``[n]`` token ids; cut at the model's longest stream (the rows say so).
+        setup, chunk, text_bytes: see :func:`xexport.evaluate.fidelity.compare`.
+        windows, spacing: see :func:`window_stops`; the states are compared where windows end, and
+            no call goes beyond such an end.
 
     Returns:
-        Candidate name -> its row.
+        Candidate name -> its Fidelity row; candidate name -> its Drift row.
 
     Raises:
         InputError: tokens that a runner can't take.
     """
     progress = progress or Silent()
     array, note = check_tokens({reference_name: reference, **candidates}, tokens)
-    ends = window_stops(len(array) - 1, windows, spacing)
-    stops = sorted(set(ends) | set(range(chunk, ends[-1], chunk)))
-    progress.stage(f"drift over {ends[-1]} tokens", len(stops))
-    rows: dict[str, list[Window]] = {name: [] for name in candidates}
-    parts: dict[str, list[TokenMetrics]] = {name: [] for name in candidates}
-    bad = dict.fromkeys(candidates, 0)
-    begun = 0
+    scored = len(array) - 1
+    ends = window_stops(scored, windows, spacing)
+    stops = sorted(set(ends) | set(range(chunk, scored, chunk)))
+    progress.stage(f"fidelity and drift on {scored} tokens", len(stops))
+    courses = {name: _Course() for name in candidates}
     for compared in stream_compared(reference, candidates, array, stops):
+        truth = reference.state() if compared.stop in ends else None
         for name, metrics in compared.metrics.items():
-            parts[name].append(metrics)
+            courses[name].add(metrics)
+            if truth is not None:
+                courses[name].close(compared.stop, state_errors(truth, candidates[name].state()))
         progress.advance()
-        if compared.stop not in ends:
-            continue
-        truth = reference.state()
-        for name, runner in candidates.items():
-            joined = TokenMetrics.join(parts[name])
-            errors = state_errors(truth, runner.state())
-            rows[name].append(_window(begun, compared.stop, joined, errors))
-            bad[name] += int((~joined.finite).sum())
-            parts[name] = []
-        begun = compared.stop
-    return {
-        name: Drift(
-            setup=msgspec.structs.replace(setup, runner=name),
+    fidelity: dict[str, Fidelity] = {}
+    drifts: dict[str, Drift] = {}
+    for name, course in courses.items():
+        whole = TokenMetrics.join(course.parts)
+        mine = msgspec.structs.replace(setup, runner=name)
+        notes = notes_of(name, whole, note)
+        fidelity[name] = fidelity_row(
+            whole,
+            setup=mine,
             reference=reference_name,
             chunk=chunk,
-            windows=tuple(rows[name]),
-            non_finite=bad[name],
-            warnings=tuple(
-                ([note] if note else []) + ([warn_not_finite(name, bad[name], begun)] if bad[name] else [])
-            ),
+            vocab_size=reference.vocab_size,
+            text_bytes=scored_bytes(tokens, scored, text_bytes),
+            notes=notes,
         )
-        for name in candidates
-    }
+        drifts[name] = Drift(
+            setup=mine,
+            reference=reference_name,
+            chunk=chunk,
+            windows=tuple(course.windows),
+            non_finite=int((~whole.finite).sum()),
+            warnings=notes,
+        )
+    return fidelity, drifts
+
+
+class _Course:
+    """One candidate's metrics along the stream, and the windows closed so far."""
+
+    def __init__(self) -> None:
+        self.parts: list[TokenMetrics] = []
+        self.windows: list[Window] = []
+        self._first = 0
+
+    def add(self, metrics: TokenMetrics) -> None:
+        self.parts.append(metrics)
+
+    def close(self, stop: int, errors: dict[str, float | None]) -> None:
+        start = self.windows[-1].stop if self.windows else 0
+        self.windows.append(_window(start, stop, TokenMetrics.join(self.parts[self._first :]), errors))
+        self._first = len(self.parts)
 
 
 def state_errors(

@@ -13,9 +13,9 @@ from xexport.core.progress import Progress, Silent
 from xexport.core.records import Fidelity, Setup
 from xexport.core.runner import Runner
 from xexport.evaluate.metrics import TokenMetrics
-from xexport.evaluate.streaming import check_tokens, stream_compared, warn_not_finite
+from xexport.evaluate.streaming import check_tokens, notes_of, stream_compared
 
-__all__ = ["compare"]
+__all__ = ["compare", "fidelity_row", "scored_bytes"]
 
 
 def compare(
@@ -46,7 +46,6 @@ def compare(
     progress = progress or Silent()
     array, note = check_tokens({reference_name: reference, **candidates}, tokens)
     scored = len(array) - 1
-    whole = len(np.asarray(tokens).reshape(-1)) - 1
     stops = [*range(chunk, scored, chunk), scored]
     progress.stage(f"fidelity on {scored} tokens", len(stops))
     parts: dict[str, list[TokenMetrics]] = {name: [] for name in candidates}
@@ -54,29 +53,38 @@ def compare(
         for name, metrics in compared.metrics.items():
             parts[name].append(metrics)
         progress.advance()
-    # A text cut short at the model's limit keeps its ratio of bytes to tokens.
-    size = scored if text_bytes is None else max(1, round(text_bytes * scored / whole))
-    return {
-        name: _record(
-            TokenMetrics.join(parts[name]),
-            msgspec.structs.replace(setup, runner=name),
-            reference_name,
-            chunk,
-            reference.vocab_size,
-            size,
-            note,
+    rows = {}
+    for name, pieces in parts.items():
+        metrics = TokenMetrics.join(pieces)
+        rows[name] = fidelity_row(
+            metrics,
+            setup=msgspec.structs.replace(setup, runner=name),
+            reference=reference_name,
+            chunk=chunk,
+            vocab_size=reference.vocab_size,
+            text_bytes=scored_bytes(tokens, scored, text_bytes),
+            notes=notes_of(name, metrics, note),
         )
-        for name in candidates
-    }
+    return rows
 
 
-def _record(
-    m: TokenMetrics, setup: Setup, reference: str, chunk: int, vocab_size: int, text_bytes: int, note: str
+def scored_bytes(tokens: Sequence[int] | Any, scored: int, text_bytes: int | None) -> int:
+    """Bytes that the scored tokens stand for; a text cut at the model's limit keeps its ratio."""
+    whole = np.asarray(tokens).size - 1
+    return scored if text_bytes is None else max(1, round(text_bytes * scored / whole))
+
+
+def fidelity_row(
+    m: TokenMetrics,
+    *,
+    setup: Setup,
+    reference: str,
+    chunk: int,
+    vocab_size: int,
+    text_bytes: int,
+    notes: tuple[str, ...],
 ) -> Fidelity:
-    bad = int((~m.finite).sum())
-    notes = [note] if note else []
-    if bad:
-        notes.append(warn_not_finite(setup.runner, bad, len(m.finite)))
+    """The metrics of a whole text as a row."""
     return Fidelity(
         setup=setup,
         reference=reference,
@@ -90,8 +98,8 @@ def _record(
         error_max=_row(m.error_max),
         error_ms=_row(m.error_ms),
         reference_ms=_row(m.reference_ms),
-        non_finite=bad,
-        warnings=tuple(notes),
+        non_finite=int((~m.finite).sum()),
+        warnings=notes,
     )
 
 

@@ -14,7 +14,7 @@ from xexport.core.errors import InputError
 from xexport.core.runner import Runner
 from xexport.evaluate.metrics import TokenMetrics, compare_logits
 
-__all__ = ["Compared", "NonFiniteWarning", "check_tokens", "stream_compared", "warn_not_finite"]
+__all__ = ["Compared", "NonFiniteWarning", "check_tokens", "notes_of", "stream_compared"]
 
 
 class NonFiniteWarning(RuntimeWarning):
@@ -86,11 +86,14 @@ def stream_compared(
         start = stop
 
 
-def warn_not_finite(name: str, count: int, total: int) -> str:
-    """Warn aloud and return the sentence for the record."""
-    sentence = f"{name}: {count} of {total} tokens gave logits that are not finite"
-    warnings.warn(sentence, NonFiniteWarning, stacklevel=3)
-    return sentence
+def notes_of(name: str, metrics: TokenMetrics, note: str) -> tuple[str, ...]:
+    """The warnings for a candidate's rows; logits that are not finite are warned of aloud too."""
+    notes = [note] if note else []
+    bad = int((~metrics.finite).sum())
+    if bad:
+        notes.append(f"{name}: {bad} of {len(metrics.finite)} tokens gave logits that are not finite")
+        warnings.warn(notes[-1], NonFiniteWarning, stacklevel=3)
+    return tuple(notes)
 
 
 def _logits(name: str, runner: Runner, piece: NDArray[np.int64]) -> NDArray[Any]:

@@ -71,10 +71,17 @@ def scatter(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str | None:
         )  # fmt: skip
     layout = {
         "xaxis": _log_axis("step time, median (ms) – less is better", [p.ms for p in found], room=1.25),
-        "yaxis": {"title": {"text": "bits per byte – less is better"}},
+        "yaxis": {"title": {"text": "bits per byte – less is better"}, "range": _span(found)},
         "height": 430,
     }
     return _figure(traces, layout)
+
+
+def _span(found: Sequence[Point]) -> list[float]:
+    """The range of bits per byte shown: at least half a per cent, so that equal looks equal."""
+    low, high = min(p.bits - p.error for p in found), max(p.bits + p.error for p in found)
+    extra = max(0.12 * (high - low), 0.0025 * high)
+    return [low - extra, high + extra]
 
 
 def _point_trace(model: str, group: list[Point], colour: str) -> Any:
@@ -133,7 +140,9 @@ def _drift(records: Sequence[Record], value: Any, title: str) -> str | None:
         return None
     values = [v for t in traces for v in t.y if v is not None]
     stops = [v for t in traces for v in t.x]
-    return _figure(traces, {"xaxis": _log_axis("token index", stops), "yaxis": _log_axis(title, values)})
+    return _figure(
+        traces, {"xaxis": _log_axis("token index", stops), "yaxis": _log_axis(title, values, least=10.0)}
+    )
 
 
 def latency_ecdf(records: Sequence[Record]) -> str | None:
@@ -248,9 +257,15 @@ def sizes(manifest: Manifest) -> str | None:
     return _figure(traces, layout)
 
 
-def _log_axis(title: str, values: Sequence[float], room: float = 1.0) -> dict[str, Any]:
-    """A logarithmic axis whose ticks are plain numbers, closer together where the span is short."""
-    margin = room * max(max(values) / min(values), 1.1) ** 0.06
+def _log_axis(
+    title: str, values: Sequence[float], *, room: float = 1.0, least: float = 1.0
+) -> dict[str, Any]:
+    """A logarithmic axis whose ticks are plain numbers, closer together where the span is short.
+
+    ``least``: the ratio that the axis spans at least, so that noise does not look like a trend.
+    """
+    span = max(max(values) / min(values), 1.1)
+    margin = room * max(span**0.06, (least / span) ** 0.5)
     low, high = min(values) / margin, max(values) * margin
     span = math.log10(high / low)
     steps = _TICKS[0 if span < 0.6 else 1 if span < 1.3 else 2 if span < 3 else 3]
@@ -270,9 +285,9 @@ def _log_axis(title: str, values: Sequence[float], room: float = 1.0) -> dict[st
 def _tick(value: float) -> str:
     if 1e-3 <= value < 1e5:
         return f"{value:,.10g}"
-    digits, exponent = f"{value:.0e}".split("e")
+    digits, exponent = f"{value:.1e}".split("e")
     power = f"10<sup>{int(exponent)}</sup>"
-    return power if digits == "1" else f"{digits}·{power}"
+    return power if digits == "1.0" else f"{digits.removesuffix('.0')}·{power}"
 
 
 def _trace(kind: str, **fields: Any) -> Any:

@@ -31,6 +31,8 @@ def plus_minus(value: float, error: float, places: int | None = None) -> str:
         return MISSING
     if math.isnan(error) or error <= 0:
         return figure(value, 4) if places is None else f"{value:.{places}f}"
+    if abs(value) < error / 100:
+        value = 0.0  # the digits of a difference that is nothing but rounding
     if places is None and error < 1e-5 and abs(value) < 1e-3:
         return f"{figure(value)} ± {figure(error)}"
     if places is None:
@@ -74,4 +76,4 @@ def count(value: float) -> str:
 
 def shape(dims: Sequence[int | str]) -> str:
     """``2 × 64``; a scalar is said so."""
-    return " × ".join(str(d) for d in dims) if dims else "scalar"
+    return "\u00a0×\u00a0".join(str(d) for d in dims) if dims else "scalar"

@@ -74,6 +74,8 @@ def headline(records: Sequence[Record]) -> str:
     if row is not None:
         parts.append(_price(row))
     text = ", ".join(parts)
+    if speed is not None and _busy(records):
+        text += " (timed on a busy machine)"
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
@@ -114,13 +116,13 @@ def _speed(records: Sequence[Record]) -> list[Sentence]:
             f"on {threads} thread{'s' if threads != 1 else ''} of {latency.setup.environment.cpu}.",
         )
     ]
-    load = latency.setup.environment.load_average
-    if load is not None and load > latency.setup.environment.cores + 1:
+    if _busy(records):
+        facts = latency.setup.environment
         found.append(
             Sentence(
-                "plain",
-                f"The machine was busy meanwhile (load {load:.1f} on {latency.setup.environment.cores} "
-                "cores): its times are too long, ratios from alternate rounds less so.",
+                "bad",
+                f"The machine was busy while this was timed (load {facts.load_average:.1f} on {facts.cores} "
+                "cores): times are too long, and ratios uncertain. Run `xexport profile` when it is idle.",
             )
         )
     for other in ("onnx", "torch"):
@@ -128,6 +130,13 @@ def _speed(records: Sequence[Record]) -> list[Sentence]:
         if speed is not None:
             found.append(_speed_sentence(speed))
     return found
+
+
+def _busy(records: Sequence[Record]) -> bool:
+    """Whether other work than the export's own took the machine while the bundle was timed."""
+    latency = latency_of(records)
+    load = latency.setup.environment.load_average if latency else None
+    return latency is not None and load is not None and load > latency.setup.environment.cores + 1
 
 
 def _speed_sentence(speed: Speed) -> Sentence:
@@ -167,7 +176,8 @@ def _accuracy(records: Sequence[Record]) -> list[Sentence]:
     before, after = row.bits_per_byte("reference")[0], row.bits_per_byte("candidate")[0]
     share = lost / before if before else math.nan
     where = f"on {fmt.count(row.tokens)} tokens of {row.setup.text or 'the given text'}"
-    figures = f"{before:.4f} in {RUNNER_NAMES.get(row.reference, row.reference)}, {after:.4f} in the bundle"
+    reference = RUNNER_NAMES.get(row.reference, row.reference)
+    figures = f"{before:.4f} in {reference}, {after:.4f} in the bundle"
     same = (
         f"Both rank the same token first {fmt.percent(row.agreement, 2)} of the time "
         f"(± {fmt.percent(row.agreement_se, 2)})"
@@ -188,7 +198,8 @@ def _accuracy(records: Sequence[Record]) -> list[Sentence]:
             f"byte, {where}: chance, not skill, as quantization adds no knowledge.",
         )
     else:
-        head = Sentence("good", f"No loss can be measured {where}: {figures} bits per byte.")
+        same_bits = f"{after:.4f} bits per byte in the bundle, {before:.4f} in {reference}"
+        head = Sentence("good", f"No loss can be measured {where}: {same_bits}.")
     return [head, Sentence("plain", tail)]
 
 

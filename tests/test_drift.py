@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from xexport.core.records import Setup
-from xexport.evaluate.drift import drift, state_errors, window_stops
+from xexport.evaluate.drift import compare_and_drift, drift, state_errors, window_stops
 from xexport.evaluate.fidelity import compare
 
 TEXT = np.random.default_rng(5).integers(0, 16, 513)
@@ -52,6 +52,17 @@ def test_windows_add_up_to_the_fidelity_of_the_whole(fake_runner: Any, setup: Se
     assert sum(w.same_top1 for w in one.windows) == sum(whole.same_top1)
     lost = sum(w.bits_lost * w.tokens for w in one.windows) / one.tokens
     assert lost == pytest.approx(whole.bits_lost[0], abs=1e-4)
+
+
+def test_one_pass_gives_both_rows_and_runs_the_reference_once(fake_runner: Any, setup: Setup) -> None:
+    reference = fake_runner()
+    fidelity, drifts = compare_and_drift(
+        reference, {"bundle": fake_runner(step=1.0)}, TEXT, setup=setup, text_bytes=1024
+    )
+    assert sum(reference.calls) == len(TEXT) - 1
+    alone = compare(fake_runner(), {"bundle": fake_runner(step=1.0)}, TEXT, setup=setup, text_bytes=1024)
+    assert fidelity == alone
+    assert drifts == drift(fake_runner(), {"bundle": fake_runner(step=1.0)}, TEXT, setup=setup)
 
 
 def test_a_stream_is_cut_at_the_models_limit(fake_runner: Any, setup: Setup) -> None:
