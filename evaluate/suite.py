@@ -16,9 +16,8 @@ from xexport.core.runner import Runner
 from xexport.evaluate.bandwidth import measure_bandwidth
 from xexport.evaluate.chunks import chunk_law
 from xexport.evaluate.corpus import Corpus
-from xexport.evaluate.drift import drift
+from xexport.evaluate.drift import compare_and_drift
 from xexport.evaluate.environment import make_setup
-from xexport.evaluate.fidelity import compare
 from xexport.evaluate.latency import measure_latency, paired_latency
 from xexport.evaluate.memory import measure_memory
 from xexport.evaluate.optimes import profile_ops
@@ -91,10 +90,10 @@ def accuracy(
     *,
     reference_name: str = "torch",
 ) -> list[Record]:
-    """Fidelity and drift of the candidates against the reference."""
-    part = corpus.head(sizes.fidelity_tokens)
+    """Fidelity and drift of the candidates against the reference, which runs once."""
+    part = corpus.head(max(sizes.fidelity_tokens, sizes.drift_tokens))
     scored = max(1, round(part.bytes * (len(part.tokens) - 1) / len(part.tokens)))
-    rows = compare(
+    rows, drifts = compare_and_drift(
         reference,
         candidates,
         part.tokens,
@@ -103,8 +102,6 @@ def accuracy(
         reference_name=reference_name,
         progress=progress,
     )
-    long = corpus.head(sizes.drift_tokens).tokens
-    drifts = drift(reference, candidates, long, setup=setup, reference_name=reference_name, progress=progress)
     return [*rows.values(), *drifts.values()]
 
 
