@@ -1,0 +1,158 @@
+"""com.microsoft LinearAttention: the plain loop, ONNX Runtime's own kernel, and the local fallback."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx.reference import ReferenceEvaluator
+from tolerances import TOLERANCES
+
+from xexport.core.op import Body, OpSpec
+from xexport.core.registry import get_op
+from xexport.ops.linear_attention.reference import linear_attention
+from xexport.ops.run import op_model, run_body
+
+SPEC = get_op("linear_attention")
+SCALE = 0.37
+
+
+def renamed(build: Callable[[int], onnx.FunctionProto]) -> Callable[[int], onnx.FunctionProto]:
+    def make(opset: int) -> onnx.FunctionProto:
+        function = build(opset)
+        function.domain = "fallback"
+        return function
+
+    return make
+
+
+def fallback() -> OpSpec:
+    """The operator under a domain of its own, so that no kernel of ONNX Runtime takes its place."""
+    bodies = {name: Body(renamed(body.build), body.why) for name, body in SPEC.bodies.items()}
+    return dataclasses.replace(SPEC, domain="fallback", bodies=bodies)
+
+
+WAYS = {
+    "kernel": (SPEC, "chunked"),
+    "fallback-chunked": (fallback(), "chunked"),
+    "fallback-parallel": (fallback(), "parallel"),
+}
+
+
+def inputs(B: int, T: int, H: int, K: int, V: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    return {
+        "q": normal(B, T, H * K),
+        "k": normal(B, T, H * K),
+        "v": normal(B, T, H * V),
+        "state": normal(B, H, K, V),
+        "decay": -np.abs(normal(B, T, H)) * np.float32(0.3),
+    }
+
+
+def attributes(heads: int) -> dict[str, object]:
+    return {"q_num_heads": heads, "kv_num_heads": heads, "scale": SCALE, "update_rule": "gated"}
+
+
+def wanted(x: dict[str, np.ndarray], heads: int) -> list[np.ndarray]:
+    tensors = (torch.from_numpy(x[n]).double() for n in SPEC.inputs)
+    return [t.numpy() for t in linear_attention(*tensors, heads, heads, SCALE, "gated")]
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    assert got.shape == want.shape
+    return float(np.abs(got - want).max() / max(1.0, np.abs(want).max()))
+
+
+def test_reference_is_the_closed_sum() -> None:
+    """o_t = scale * (sum_s e^{c_t-c_s} (q_t.k_s) v_s + e^{c_t} S^T q_t), as one masked product."""
+    B, T, H, K, V = 2, 6, 3, 4, 5
+    x = {n: torch.from_numpy(a).double() for n, a in inputs(B, T, H, K, V).items()}
+    q, k, v = (x[n].reshape(B, T, H, -1) for n in ("q", "k", "v"))
+    running = x["decay"].cumsum(1)
+    fade = torch.exp(running[:, :, None] - running[:, None]).permute(0, 3, 1, 2).tril()
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * fade
+    out = torch.einsum("bhts,bshv->bthv", scores, v)
+    out += torch.einsum("bthk,bhkv,bth->bthv", q, x["state"], running.exp())
+    got, _ = linear_attention(*(x[n] for n in SPEC.inputs), H, H, SCALE, "gated")
+    torch.testing.assert_close(got, (out * SCALE).flatten(2), rtol=0, atol=TOLERANCES["op_fp64"])
+
+
+def test_reference_refuses_another_rule() -> None:
+    x = [torch.from_numpy(a) for a in inputs(1, 2, 1, 2, 2).values()]
+    with pytest.raises(ValueError, match="delta"):
+        linear_attention(*x, 1, 1, 1.0, "delta")
+
+
+def test_torch_op_is_well_formed() -> None:
+    x = tuple(torch.from_numpy(a) for a in inputs(2, 3, 2, 4, 3).values())
+    torch.library.opcheck(linear_attention, (*x, 2, 2, SCALE, "gated"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("B", "T", "H", "K", "V"),
+    [
+        (2, 1, 3, 4, 5),
+        (1, 2, 2, 4, 6),
+        (2, 63, 2, 8, 4),
+        (1, 64, 2, 8, 8),
+        (2, 65, 3, 4, 8),
+        (1, 131, 1, 3, 2),
+    ],
+    ids=lambda n: str(n),
+)
+def test_parity(way: str, B: int, T: int, H: int, K: int, V: int) -> None:
+    spec, variant = WAYS[way]
+    x = inputs(B, T, H, K, V, seed=T)
+    got = run_body(spec, x, variant, attributes=attributes(H))
+    for a, b in zip(got, wanted(x, H), strict=True):
+        assert error(a, b) <= TOLERANCES["linear_attention_fp32"]
+
+
+@settings(max_examples=12, deadline=None)
+@given(T=st.integers(1, 20), cut=st.integers(0, 19), seed=st.integers(0, 99), way=st.sampled_from(list(WAYS)))
+def test_chunk_law(T: int, cut: int, seed: int, way: str) -> None:
+    spec, variant = WAYS[way]
+    x = inputs(2, T, 2, 4, 3, seed)
+    want_out, want_state = wanted(x, 2)
+    outs, state = [], x["state"]
+    for part in (slice(0, cut), slice(cut, T)):
+        piece = {n: a[:, part] for n, a in x.items() if n != "state"} | {"state": state}
+        if piece["q"].shape[1]:
+            out, state = run_body(spec, piece, variant, attributes=attributes(2))
+            outs.append(out)
+    assert error(np.concatenate(outs, 1), want_out) <= TOLERANCES["linear_attention_fp32"]
+    assert error(state, want_state) <= TOLERANCES["linear_attention_fp32"]
+
+
+@pytest.mark.parametrize("way", ["fallback-chunked", "fallback-parallel"])
+def test_strong_decay_does_not_overflow(way: str) -> None:
+    """exp(-(c_t - c_s)) would be inf here; all that is left is the rounding of the running sum c."""
+    spec, variant = WAYS[way]
+    x = inputs(1, 70, 2, 4, 4)
+    x["decay"] = x["decay"] * np.float32(100)
+    rounding = float(np.abs(x["decay"].sum(1)).max()) * 2.0**-24
+    got = run_body(spec, x, variant, attributes=attributes(2))
+    for a, b in zip(got, wanted(x, 2), strict=True):
+        assert np.isfinite(a).all()
+        assert error(a, b) <= 2 * rounding
+
+
+@pytest.mark.parametrize("variant", ["chunked", "parallel"])
+@pytest.mark.parametrize("T", [1, 3, 66])
+def test_onnx_reference_runs_the_body(variant: str, T: int) -> None:
+    x = inputs(2, T, 2, 3, 4)
+    model = op_model(fallback(), x, variant, 23, attributes(2))
+    for a, b in zip(ReferenceEvaluator(model).run(None, x), wanted(x, 2), strict=True):
+        assert error(a, b) <= TOLERANCES["linear_attention_fp32"]
