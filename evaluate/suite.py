@@ -91,7 +91,8 @@ def accuracy(
     reference_name: str = "torch",
 ) -> list[Record]:
     """Fidelity and drift of the candidates against the reference, which runs once."""
-    part = corpus.head(max(sizes.fidelity_tokens, sizes.drift_tokens))
+    limits = [r.max_tokens + 1 for r in (reference, *candidates.values()) if r.max_tokens is not None]
+    part = corpus.head(min(max(sizes.fidelity_tokens, sizes.drift_tokens), *limits, len(corpus.tokens)))
     scored = max(1, round(part.bytes * (len(part.tokens) - 1) / len(part.tokens)))
     rows, drifts = compare_and_drift(
         reference,
