@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from xexport.core.op import Body, OpSpec
 from xexport.ops.builder import BodyBuilder
@@ -28,9 +29,12 @@ def _step_nodes(g: BodyBuilder) -> tuple[str, str]:
     def column(name: str) -> str:
         return g.op("Transpose", name, perm=[0, 2, 1])
 
-    # Gather, so that shape inference also accepts this branch of "auto" where T is known not to be 1
-    dt = g.op("Unsqueeze", g.op("Gather", "dt", g.const(0, np.int64), axis=1), g.ints(-1))
-    decay = g.op("Exp", g.op("Mul", dt, "A"))
+    # Slice, so that shape inference also accepts this branch of "auto" where T is known not to be 1
+    dt = g.op("Slice", column("dt"), g.ints(0), g.ints(1), g.ints(2))
+    # dt x ones by a product: broadcasting a column over rows of N = 16 costs three times as much
+    row = g.op("Concat", g.ints(1), g.op("Shape", "A", start=1, end=2), axis=0)
+    ones = g.op("ConstantOfShape", row, value=numpy_helper.from_array(np.ones(1, np.float32)))
+    decay = g.op("Exp", g.op("Mul", g.op("MatMul", dt, ones), "A"))
     added = g.op("MatMul", column(g.op("Mul", "dt", "u")), "B")
     state = g.op("Add", g.op("Mul", decay, "state"), added)
     read = column(g.op("MatMul", state, column("C")))
