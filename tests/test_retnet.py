@@ -1,0 +1,264 @@
+"""RetNet: the chunk law, the training form, the rotation far out, checkpoints, other implementations."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tolerances import TOLERANCES
+from torch import Tensor, nn
+
+from xexport.core.checkpoint import open_checkpoint
+from xexport.core.errors import CheckpointError, InputError
+from xexport.core.registry import get_family
+from xexport.core.state import state_shape, zero_state
+from xexport.models.retnet import RetNet, RetNetConfig, RetNetTrain
+
+FAMILY = get_family("retnet")
+TINY: RetNetConfig = FAMILY.presets["tiny"]
+VARIANT = dataclasses.replace(TINY, rms=True, glu=True, value_factor=1, heads=4)
+
+
+def made(config: RetNetConfig = TINY, seed: int = 0) -> RetNet:
+    module: RetNet = FAMILY.build(config)
+    FAMILY.init(module, seed)
+    return module.eval().requires_grad_(False)
+
+
+def fresh(module: RetNet, batch: int) -> list[Tensor]:
+    return [torch.from_numpy(a) for a in zero_state(module.state_spec(), batch)]
+
+
+def random_state(module: RetNet, batch: int, seed: int, position: int) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    shapes = [state_shape(s, batch) for s in module.state_spec()[:-1]]
+    return [*(torch.randn(s, generator=rng) for s in shapes), torch.tensor([position])]
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, TINY.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def in_chunks(module: RetNet, x: Tensor, state: Sequence[Tensor], cuts: Sequence[int]) -> list[Tensor]:
+    """Logits of the whole and the last state, fed piece by piece."""
+    logits = []
+    for a, b in itertools.pairwise((0, *cuts, x.shape[1])):
+        if a < b:
+            out, *state = module(x[:, a:b], *state)
+            logits.append(out)
+    return [torch.cat(logits, 1), *state]
+
+
+def assert_same(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    length=st.integers(1, 20),
+    cuts=st.lists(st.integers(0, 20), max_size=4),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 999),
+    position=st.sampled_from([0, 1, 100_003, 2**32 + 5]),
+    config=st.sampled_from([TINY, VARIANT]),
+)
+def test_chunk_law(
+    length: int, cuts: list[int], batch: int, seed: int, position: int, config: RetNetConfig
+) -> None:
+    """Whole = chunks, from a state that is not zero, far into a stream too."""
+    module, x = made(config, seed), tokens(batch, length, seed)
+    state = random_state(module, batch, seed, position)
+    cuts = sorted(min(c, length) for c in cuts)
+    assert_same(in_chunks(module, x, state, cuts), module(x, *state), TOLERANCES["model_fp32"])
+
+
+@pytest.mark.parametrize("config", [TINY, VARIANT], ids=["paper", "torchscale"])
+@pytest.mark.parametrize("length", [1, 7, 129, 260])
+def test_training_form_is_the_same_function(config: RetNetConfig, length: int) -> None:
+    """Also across its own chunks of 128."""
+    train = FAMILY.train_form(config)
+    FAMILY.init(train, 3)
+    module = made(config)
+    module.load_state_dict(FAMILY.from_training(config, train.state_dict()))
+    x = tokens(2, length)
+    with torch.no_grad():
+        assert_same([train(x)], [module(x, *fresh(module, 2))[0]], TOLERANCES["model_fp32"])
+
+
+def test_training_form_learns() -> None:
+    train = FAMILY.train_form(TINY)
+    FAMILY.init(train, 0)
+    train(tokens(2, 5)).sum().backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in train.parameters())
+
+
+def test_recurrence_follows_the_paper() -> None:
+    """Equation 6 in float64 from the module's own weights, one head at a time, one token at a time."""
+    module, x = made().double(), tokens(1, 9)
+    block = module._blocks()[0]
+    h = block.retention_norm(module.embed(x))[0]
+    q, k, v = (getattr(block.retention, f"{n}_proj")(h) for n in "qkv")
+    size, value = TINY.key_size, TINY.value_size
+    heads = []
+    for i in range(TINY.heads):
+        gamma, state, rows = 1 - 2.0 ** (-5 - i), torch.zeros(size, value, dtype=torch.float64), []
+        for t in range(9):
+            pairs = torch.arange(size // 2, dtype=torch.float64)
+            turn = torch.polar(torch.ones_like(pairs), t * 10000.0 ** (-pairs / (size // 2 - 1)))
+            qt, kt = (
+                torch.view_as_real(torch.view_as_complex(y[t, i * size : (i + 1) * size].view(-1, 2)) * turn)
+                for y in (q, k)
+            )
+            state = gamma * state + torch.outer(kt.flatten(), v[t, i * value : (i + 1) * value])
+            rows.append(qt.flatten() @ state / math.sqrt(size))
+        o = torch.stack(rows)
+        heads.append((o - o.mean(1, True)) / (o.var(1, unbiased=False, keepdim=True) + TINY.eps).sqrt())
+    gate = block.retention.g_proj(h)
+    want = block.retention.out_proj(gate * gate.sigmoid() * torch.cat(heads, 1))
+
+    seen: list[Tensor] = []
+    block.retention.out_proj.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    module(x, *(s.double() if s.is_floating_point() else s for s in fresh(module, 1)))
+    # float32 log gamma and theta rounded to 2^-33 turns against float64 ones
+    assert_same([seen[0][0]], [want], TOLERANCES["op_fp32"])
+
+
+@pytest.mark.parametrize("position", [0, 1000, 100_000, 10**9, 2**33 - 1])
+def test_rotation_is_exact_far_out(position: int) -> None:
+    """The angle between tokens a lag apart is the same everywhere, and lag * theta."""
+    module = made()
+    lag = torch.tensor([0, 1, 500])
+    cos, sin = (x.double() for x in module.angles(position + lag))
+    between = torch.polar(torch.ones_like(cos), torch.atan2(sin, cos))
+    between = between * between[:1].conj()
+    theta = 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 7)
+    want = torch.polar(torch.ones(3, 1, 8, dtype=torch.float64), lag[:, None, None] * theta)
+    assert float((between - want).abs().max()) <= TOLERANCES["op_fp32"]
+
+
+def test_logits_depend_on_relative_position_only() -> None:
+    module, x = made(), tokens(1, 12)
+    first, *_ = module(x, *fresh(module, 1))
+    late = [*fresh(module, 1)[:-1], torch.tensor([123_456_789])]
+    assert_same([module(x, *late)[0]], [first], TOLERANCES["model_fp32"])
+
+
+def test_init_depends_on_the_seed_alone() -> None:
+    a, b, c = made(seed=1).state_dict(), made(seed=1).state_dict(), made(seed=2).state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(a[k], c[k]) for k in a)
+
+
+def write(path: Path, config: RetNetConfig, train: RetNetTrain, family: str = "retnet") -> Path:
+    metadata = {
+        "xexport.family": family,
+        "xexport.layout": "training",
+        "xexport.config": json.dumps(dataclasses.asdict(config)),
+    }
+    save_file(train.state_dict(), path, metadata)
+    return path
+
+
+def test_own_checkpoint_loads(tmp_path: Path) -> None:
+    train = FAMILY.train_form(TINY)
+    FAMILY.init(train, 5)
+    raw = open_checkpoint(write(tmp_path / "a.safetensors", TINY, train))
+    assert FAMILY.recognise(raw)
+    loaded = FAMILY.load(raw)
+    with torch.device("meta"):
+        wanted = FAMILY.build(loaded.config).state_dict()
+    assert {k: v.shape for k, v in loaded.tensors.items()} == {k: v.shape for k, v in wanted.items()}
+    assert torch.equal(loaded.tensors["decay"], made().decay)
+
+
+def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
+    train = FAMILY.train_form(TINY)
+    other = open_checkpoint(write(tmp_path / "b.safetensors", TINY, train, family="hyena"))
+    assert FAMILY.recognise(other) is None
+    with pytest.raises(CheckpointError, match="not a RetNet"):
+        FAMILY.load(other)
+    narrow = dataclasses.replace(TINY, ffn=24)
+    with pytest.raises(CheckpointError, match=r"ffn.fc1.*wrong shape"):
+        FAMILY.load(open_checkpoint(write(tmp_path / "c.safetensors", narrow, train)))
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(InputError, match="even multiple"):
+        RetNetConfig(width=30, heads=4)
+    with pytest.raises(InputError, match="below 1"):
+        RetNetConfig(layers=0)
+
+
+@pytest.mark.parametrize(("preset", "billions"), [("1.3b", 1.3), ("2.7b", 2.7), ("6.7b", 6.7)])
+def test_paper_sizes(preset: str, billions: float) -> None:
+    with torch.device("meta"):
+        blocks = FAMILY.build(FAMILY.presets[preset]).layers
+    assert sum(p.numel() for p in blocks.parameters()) == pytest.approx(billions * 1e9, rel=0.1)
+
+
+@pytest.mark.oracle
+def test_yet_another_retnet() -> None:
+    """Its parallel and its recurrent form; it has one value a key, no last norm, other gammas."""
+    theirs = pytest.importorskip("yet_another_retnet.retnet")
+    config = RetNetConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48, value_factor=1)
+    oracle = theirs.RetNet(29, 32, 2, 2, dropout=0.0, dim_feedforward=48).eval().requires_grad_(False)
+    for layer in oracle.decoder.layers:
+        layer.activation = nn.functional.gelu
+    module = made(config)
+    module.norm = nn.Identity()
+    pairs = [(module.embed, oracle.embedding), (module.head, oracle.out)]
+    for mine, its in zip(module._blocks(), oracle.decoder.layers, strict=True):
+        pairs += [(mine.retention_norm, its.norm1), (mine.ffn_norm, its.norm2)]
+        pairs += [(mine.ffn.fc1, its.linear1), (mine.ffn.fc2, its.linear2)]
+        names = ("q_proj", "k_proj", "v_proj", "g_proj", "out_proj")
+        pairs += [(getattr(mine.retention, n), getattr(its.retention, n)) for n in names]
+    for mine, its in pairs:
+        its.weight.copy_(torch.randn_like(its.weight) * 0.2)
+        mine.load_state_dict({k: v for k, v in its.state_dict().items() if k in mine.state_dict()})
+    gammas = pytest.importorskip("yet_another_retnet.retention")._build_decay_gammas(2)
+    module.decay.copy_(gammas.log())
+
+    x, state = tokens(2, 11), fresh(module, 2)
+    whole, *_ = module(x, *state)
+    assert_same([whole], [oracle.forward_parallel(x)], TOLERANCES["oracle_fp32"])
+    past: list[Tensor] = []
+    for t in range(x.shape[1]):
+        want, past = oracle.forward_recurrent(x[:, t], t, past)
+        assert_same([whole[:, t]], [want], TOLERANCES["oracle_fp32"])
+
+
+@pytest.mark.oracle
+def test_torchscale_retention() -> None:
+    """With its score normalisations, which the norm over a head cancels: see the module's docstring."""
+    theirs = pytest.importorskip("torchscale.component.multiscale_retention")
+    config = dataclasses.replace(VARIANT, value_factor=2, eps=1e-12)
+    module = made(config)
+    block = module._blocks()[0]
+    args = SimpleNamespace(multiway=False, layernorm_eps=config.eps)
+    oracle = theirs.MultiScaleRetention(args, 32, 64, config.heads).requires_grad_(False)
+    oracle.load_state_dict(block.retention.state_dict())
+    x, T = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(0)), 10
+    lag = torch.arange(T)[:, None] - torch.arange(T)
+    mask = torch.where(lag >= 0, (module.decay[:, None, None] * lag).exp(), 0.0)
+    mask = mask / mask.sum(-1, keepdim=True).sqrt()
+    cos, sin = (y[:, 0].repeat_interleave(2, -1) for y in module.angles(torch.arange(T)))
+    want = oracle(x, ((sin, cos), mask))
+
+    train = RetNetTrain(config)
+    train.load_state_dict(module.state_dict())
+    q, k = (y.transpose(1, 2) for y in block.retention.rotated(x, *module.angles(torch.arange(T))))
+    v = block.retention.v_proj(x).view(2, T, config.heads, -1).transpose(1, 2)
+    got = block.retention.finish(x, train._retain(q, k, v, train._decays(T)).transpose(1, 2))
+    assert_same([got], [want], TOLERANCES["oracle_fp32"])
