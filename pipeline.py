@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from xexport.core.family import ChunkModule
     from xexport.evaluate.corpus import Corpus
+    from xexport.evaluate.suite import Sizes
     from xexport.exporter.output import Output
     from xexport.models._resolve import Source
 
@@ -48,6 +49,7 @@ def export(
     progress: Progress | None = None,
     seed: int = 0,
     name: str | None = None,
+    sizes: Sizes | None = None,
 ) -> Bundle:
     """Export a model for a target: trace, verify, quantize, write, measure, report.
 
@@ -62,6 +64,7 @@ def export(
         progress: told what is going on; silent by default.
         seed: for the random weights of ``preset``.
         name: what a module of your own is called in the bundle.
+        sizes: how much is measured (evaluate/suite.py); from the model's size and speed by default.
 
     Returns:
         The bundle, opened.
@@ -84,7 +87,7 @@ def export(
         with output_folder(final, force=force) as output:
             progress.stage("read the checkpoint")
             source = _resolve(model, weights, preset, seed, name)
-            _export_into(output, source, goal, eval_text, progress)
+            _export_into(output, source, goal, eval_text, sizes, progress)
             output.commit()
     finally:
         progress.close()
@@ -108,7 +111,12 @@ def _resolve(
 
 
 def _export_into(
-    output: Output, source: Source, target: Target, eval_text: str | Path | None, progress: Progress
+    output: Output,
+    source: Source,
+    target: Target,
+    eval_text: str | Path | None,
+    sizes: Sizes | None,
+    progress: Progress,
 ) -> None:
     """Make the whole bundle in ``output.bundle``."""
     from xexport.evaluate.recorded import REFERENCE_NAME, write_reference
@@ -164,17 +172,23 @@ def _export_into(
 
     bundle = Bundle(output.bundle, manifest)
     fp32_bundle = bundle if exact else Bundle(output.scratch, exact_manifest)
-    _measure(bundle, fp32_bundle, torch_stream, corpus, output.final.name, progress)
+    _measure(bundle, fp32_bundle, torch_stream, corpus, output.final.name, sizes, progress)
     _finish(output.bundle, manifest, progress)
 
 
 def _measure(
-    bundle: Bundle, fp32: Bundle, torch_stream: Any, corpus: Corpus, name: str, progress: Progress
+    bundle: Bundle,
+    fp32: Bundle,
+    torch_stream: Any,
+    corpus: Corpus,
+    name: str,
+    sizes: Sizes | None,
+    progress: Progress,
 ) -> None:
     """Accuracy of ONNX and of the bundle against PyTorch, then speed, into results.jsonl."""
     from xexport.evaluate import suite
 
-    sizes = suite.sizes_for(bundle.manifest.model.parameters, torch_stream)
+    sizes = sizes or suite.sizes_for(bundle.manifest.model.parameters, torch_stream)
     setup = suite.setup_for(bundle.manifest, name, corpus)
     candidates = {"onnx": fp32.stream(), "bundle": bundle.stream()}
     rows: list[Record] = suite.accuracy(torch_stream, candidates, corpus, setup, sizes, progress)

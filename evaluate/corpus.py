@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xexport.core.errors import InputError
-from xexport.runtimes.tokenizers import Tokenizer
+from xexport.runtimes.tokenizers import Tokenizer, parse_ids
 
 __all__ = ["Corpus", "read_corpus"]
 
@@ -46,8 +46,9 @@ def read_corpus(
 ) -> Corpus:
     """The first ``count`` bytes of a text, encoded.
 
-    A model without a tokenizer is fed random ids: that shows what quantization changes, not what
-    the model knows, and the name of the corpus says so.
+    A model without a tokenizer reads a file of ids between spaces; without a file it is fed random
+    ids: that shows what quantization changes, not what the model knows, and the name of the corpus
+    says so. Its "bytes" are its tokens.
 
     Raises:
         InputError: the file is missing, empty, or holds ids the model does not have.
@@ -57,7 +58,8 @@ def read_corpus(
     name, data = _read(path)
     # cut at a byte, then drop the broken character at the end, if any
     text = data[:count].decode("utf-8", errors="ignore")
-    ids = np.asarray(tokenizer.encode(text), dtype=np.int64)
+    has_text = tokenizer.vocab_size is not None
+    ids = np.asarray(tokenizer.encode(text) if has_text else parse_ids(text), dtype=np.int64)
     if ids.size < 2:
         raise InputError("the evaluation text is too short", got=f"{name}: {ids.size} tokens", allowed="2")
     if int(ids.max()) >= vocab_size:
@@ -67,7 +69,7 @@ def read_corpus(
             allowed=f"0..{vocab_size - 1}",
             fix="this model reads another alphabet: give it a text of its own with --eval-text",
         )
-    return Corpus(name, hashlib.sha256(data).hexdigest(), ids, len(text.encode()))
+    return Corpus(name, hashlib.sha256(data).hexdigest(), ids, len(text.encode()) if has_text else len(ids))
 
 
 def _read(path: str | Path | None) -> tuple[str, bytes]:

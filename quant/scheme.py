@@ -51,7 +51,7 @@ def _parse(name: str, row: dict[str, object]) -> Scheme:
     if not isinstance(why, dict) or "default" not in why:
         raise QuantError(f"scheme {name!r} lacks its reasons", fix="give it a [NAME.why] table")
     formats = {role: str(row.get(role, default)) for role in ROLES}
-    return Scheme(name, description, formats, {role: why.get(role, why["default"]) for role in ROLES})
+    return Scheme(name, description, formats, {role: str(why.get(role, why["default"])) for role in ROLES})
 
 
 def scheme_names() -> tuple[str, ...]:
