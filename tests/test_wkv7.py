@@ -143,6 +143,15 @@ def test_body_matches_the_reference(variant: str, B: int, T: int, H: int, N: int
         assert error(a, b) < TOLERANCES["op_fp32"]
 
 
+@pytest.mark.parametrize("variant", ["auto", "chunked", "scan"])
+def test_body_keeps_its_digits_at_the_fastest_decay_rwkv_can_have(variant: str) -> None:
+    x = make_inputs(1, 100, 2, 16)
+    x[1] = torch.full_like(x[1], float(np.exp(-np.exp(-0.5))))
+    got = run_body(SPEC, dict(zip(NAMES, (p.numpy() for p in x), strict=True)), variant)
+    for a, b in zip(got, wkv7(*x), strict=True):
+        assert error(a, b) < TOLERANCES["op_fp32"]
+
+
 @pytest.mark.parametrize(("variant", "T"), [("scan", 7), ("step", 1)])
 def test_body_runs_in_the_onnx_reference_evaluator(variant: str, T: int) -> None:
     from onnx.reference import ReferenceEvaluator
