@@ -398,7 +398,10 @@ class Memory(msgspec.Struct, frozen=True, tag_field="kind", tag="memory"):
 
 
 class OpTime(msgspec.Struct, frozen=True):
-    """All nodes of one operator type on one execution provider, over the profiled steps."""
+    """All nodes of one operator type on one execution provider, over the profiled steps.
+
+    ``ns`` is their own time: a control-flow node's body counts under the body's operators.
+    """
 
     op: str
     provider: str

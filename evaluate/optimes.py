@@ -17,14 +17,16 @@ from xexport.core.records import OpTime, OpTimes, Setup
 
 __all__ = ["parse_profile", "profile_ops"]
 
+_CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
+
 
 def parse_profile(
     path: Path, *, setup: Setup, form: str = "step", tokens_per_call: int = 1, skip: int = 0
 ) -> OpTimes:
     """Read the JSON that a session with ``enable_profiling`` wrote.
 
-    Every node event lies inside one ``model_run`` event; nodes inside a control-flow body (Scan,
-    Loop, If) are counted through the outer node only, so that no time is counted twice.
+    Every node event lies inside one ``model_run`` event. A control-flow node (Scan, Loop, If) gets
+    what is left after the nodes of its body, which are counted on their own: no time counts twice.
 
     ORT writes whole microseconds, rounded down: very small nodes are counted too low, and what is
     missing shows as time outside the operators.
@@ -42,10 +44,10 @@ def parse_profile(
         raise RuntimeFailure("the profile holds too few calls", got=path.name, allowed=f"more than {skip}")
     first = runs[0][0]
     kernels = [e for e in events if _is_kernel(e) and e["ts"] >= first]
-    rows: dict[tuple[str, str], list[tuple[tuple[str, str], int]]] = defaultdict(list)
-    for event in _outermost(kernels):
+    rows: dict[tuple[str, str], list[tuple[str, int]]] = defaultdict(list)
+    for event, identity, own in _own_times(kernels):
         args = event["args"]
-        rows[args["op_name"], args.get("provider", "unknown")].append((_node(event), event["dur"]))
+        rows[args["op_name"], args.get("provider", "unknown")].append((identity, own))
     return OpTimes(
         setup=setup,
         form=form,
@@ -110,11 +112,6 @@ def _first_state(state: Sequence[StateTensor]) -> dict[str, Any]:
     return {s.name: np.full([1 if d == "B" else int(d) for d in s.shape], s.init, s.dtype) for s in state}
 
 
-def _node(event: dict[str, Any]) -> tuple[str, str]:
-    """What tells a node from another: its name, or its index where the exporter gave none."""
-    return str(event["name"]), str(event["args"].get("node_index", ""))
-
-
 def _events(path: Path) -> list[dict[str, Any]]:
     try:
         events = json.loads(path.read_text(encoding="utf-8"))
@@ -127,15 +124,30 @@ def _is_kernel(event: dict[str, Any]) -> bool:
     return str(event.get("name", "")).endswith("_kernel_time") and "op_name" in event.get("args", {})
 
 
-def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events that lie inside no other event of their own thread."""
-    kept: list[dict[str, Any]] = []
-    ends: dict[Any, int] = {}
+def _own_times(events: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str, int]]:
+    """(event, what tells its node from others, microseconds without the events inside it).
+
+    A node is known by its name, its index, and the nodes it lies in: bodies number theirs anew.
+    """
+    found: list[tuple[dict[str, Any], str, int]] = []
+    open_: dict[Any, list[int]] = defaultdict(list)  # thread -> places in found, outer first
     for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
-        thread = event.get("tid")
-        stop = event["ts"] + event["dur"]
-        if stop <= ends.get(thread, -1) and event["ts"] < ends[thread]:
-            continue
-        ends[thread] = max(stop, ends.get(thread, 0))
-        kept.append(event)
-    return kept
+        stack = open_[event.get("tid")]
+        while stack and not _inside(event, found[stack[-1]][0]):
+            stack.pop()
+        identity = f"{event['name']}:{event['args'].get('node_index', '')}"
+        if stack:
+            outer, outer_identity, outer_own = found[stack[-1]]
+            identity = f"{outer_identity}/{identity}"
+            found[stack[-1]] = (outer, outer_identity, max(outer_own - event["dur"], 0))
+        stack.append(len(found))
+        found.append((event, identity, event["dur"]))
+    return found
+
+
+def _inside(event: dict[str, Any], outer: dict[str, Any]) -> bool:
+    """Only control flow holds other nodes; an equal stamp alone is rounding to microseconds."""
+    if outer["args"]["op_name"] not in _CONTROL_FLOW:
+        return False
+    begin, end = outer["ts"], outer["ts"] + outer["dur"]
+    return bool(begin <= event["ts"] and event["ts"] + event["dur"] <= end)

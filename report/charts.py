@@ -93,7 +93,7 @@ def _point_trace(model: str, group: list[Point], colour: str) -> Any:
         mode="markers+text",
         name=model,
         text=[p.label for p in group],
-        textposition="top right",
+        textposition=["bottom right" if p.runner == "bundle" else "top right" for p in group],
         marker={
             "color": colour,
             "size": 13,

@@ -96,7 +96,8 @@ def verdict(manifest: Manifest, records: Sequence[Record]) -> list[Sentence]:
     if not any(isinstance(r, Fidelity | Latency) for r in records):
         found.append(
             Sentence(
-                "plain", "Neither accuracy nor speed was measured: run `xexport validate` and `profile`."
+                "plain",
+                "Neither accuracy nor speed was measured: run “xexport validate” and “xexport profile”.",
             )
         )
     return found
@@ -122,14 +123,36 @@ def _speed(records: Sequence[Record]) -> list[Sentence]:
             Sentence(
                 "bad",
                 f"The machine was busy while this was timed (load {facts.load_average:.1f} on {facts.cores} "
-                "cores): times are too long, and ratios uncertain. Run `xexport profile` when it is idle.",
+                "cores): times are too long, and ratios uncertain. Run “xexport profile” when it is idle.",
             )
         )
     for other in ("onnx", "torch"):
         speed = speed_against(records, other)
         if speed is not None:
             found.append(_speed_sentence(speed))
-    return found
+    prefill = _prefill(latency, latency_of(records, "onnx") or latency_of(records, "torch"))
+    return [*found, prefill] if prefill else found
+
+
+def _prefill(mine: Latency, other: Latency | None) -> Sentence | None:
+    """Prefill against fp32, at the longest prompt that both were timed with."""
+    speeds = {p.length: p.tokens_per_s for p in other.prefill} if other else {}
+    common = [p for p in mine.prefill if p.length in speeds]
+    if other is None or not common:
+        return None
+    longest = max(common, key=lambda p: p.length)
+    ratio = longest.tokens_per_s / speeds[longest.length]
+    name = RUNNER_NAMES.get(other.setup.runner, other.setup.runner)
+    rest = f"{fmt.count(longest.tokens_per_s)} tokens per second in a call of {longest.length}"
+    how = "from separate runs, without an interval"
+    if ratio < 1 - BLUR:
+        return Sentence(
+            "bad", f"Prefill is slower than {name} here: {fmt.times(ratio)} as fast, {rest} ({how})."
+        )
+    tone, much = (
+        ("good", fmt.times(ratio)) if ratio > 1 + BLUR else ("plain", f"{fmt.times(ratio)}, that is, about")
+    )
+    return Sentence(tone, f"Prefill is {much} as fast as {name}: {rest} ({how}).")
 
 
 def _busy(records: Sequence[Record]) -> bool:

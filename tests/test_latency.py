@@ -153,11 +153,33 @@ def test_a_profile_counts_each_moment_once(setup: Setup, tmp_path: Path) -> None
     assert row.calls == 2
     assert row.run_ns == (150_000, 150_000)
     assert {(o.op, o.nodes, o.calls, o.ns) for o in row.ops} == {
-        ("Scan", 1, 2, 40_000),
+        ("Scan", 1, 2, 20_000),
+        ("Mul", 1, 4, 20_000),
         ("MatMul", 2, 4, 200_000),
     }
-    assert row.by_op == [("MatMul", 100.0, 2), ("Scan", 20.0, 1)]
-    assert row.placement == {"CPUExecutionProvider": 3}
+    assert row.by_op == [("MatMul", 100.0, 2), ("Mul", 10.0, 1), ("Scan", 10.0, 1)]
+    assert row.placement == {"CPUExecutionProvider": 4}
+
+
+def test_nodes_of_two_bodies_are_told_apart_and_neighbours_are_not_nested(
+    setup: Setup, tmp_path: Path
+) -> None:
+    events = [
+        _event("if_a_kernel_time", 0, 20, "If", 0),
+        _event("mul_kernel_time", 5, 10, "Mul", 0),
+        _event("if_b_kernel_time", 20, 20, "If", 1),
+        _event("mul_kernel_time", 25, 10, "Mul", 0),
+        _event("add_kernel_time", 40, 3, "Add", 2),
+        _event("sub_kernel_time", 40, 0, "Sub", 3),
+        _event("model_run", 0, 50),
+    ]
+    row = parse_profile(_write(tmp_path / "p.json", events), setup=setup)
+    assert {(o.op, o.nodes, o.ns) for o in row.ops} == {
+        ("If", 2, 20_000),
+        ("Mul", 2, 20_000),
+        ("Add", 1, 3000),
+        ("Sub", 1, 0),
+    }
 
 
 def test_a_profile_that_is_none(setup: Setup, tmp_path: Path) -> None:

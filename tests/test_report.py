@@ -232,6 +232,7 @@ def test_a_slower_and_worse_target_is_said_to_be_so(
     )
     assert any(s.startswith("This target makes the model slower than ONNX fp32 here") for s in bad)
     assert any(s.startswith("This target makes the model worse than fp32: it costs") for s in bad)
+    assert any(s.startswith("Prefill is slower than ONNX fp32 here: 0.25× as fast") for s in bad)
     assert headline(records).startswith("A step takes 2.00× as long as in PyTorch")
 
 
