@@ -193,10 +193,11 @@ def _measure(
     candidates = {"onnx": fp32.stream(), "bundle": bundle.stream()}
     rows: list[Record] = suite.accuracy(torch_stream, candidates, corpus, setup, sizes, progress)
     rows.append(suite.law(bundle.stream(), corpus, setup, sizes, progress))
-    others = {"torch": torch_stream}
-    if fp32 is not bundle:
-        others["onnx"] = fp32.stream()
-    rows += suite.speed(bundle, others, corpus, setup, sizes, progress)
+    if sizes.timed:
+        others = {"torch": torch_stream}
+        if fp32 is not bundle:
+            others["onnx"] = fp32.stream()
+        rows += suite.speed(bundle, others, corpus, setup, sizes, progress)
     append_records(bundle.path / RESULTS_NAME, rows)
 
 

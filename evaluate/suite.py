@@ -32,7 +32,10 @@ _PROBE = 64  # tokens
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; a slow model gets less, so that an export stays a matter of minutes."""
+    """How much is measured; a slow model gets less, so that an export stays a matter of minutes.
+
+    ``timed`` False leaves out everything that is about speed and memory: accuracy alone.
+    """
 
     fidelity_tokens: int = 8192
     drift_tokens: int = 8192
@@ -40,6 +43,7 @@ class Sizes:
     steps: int = 200
     prefill: tuple[int, ...] = (128, 512)
     positions: tuple[int, ...] = (100, 1000, 1900)
+    timed: bool = True
 
 
 def sizes_for(parameters: int, slowest: Runner | None = None) -> Sizes:

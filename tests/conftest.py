@@ -251,3 +251,11 @@ def setup() -> Any:
     from xexport.evaluate.environment import make_setup
 
     return make_setup(model="toy", target="cpu-fp32", bundle="toy-cpu-fp32", text="made up", threads=1)
+
+
+@pytest.fixture(scope="session")
+def exporter(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``exporter("rwkv", "cpu-int8") -> folder``: tiny exports, each made once (tests/exported.py)."""
+    from exported import Exporter
+
+    return Exporter(tmp_path_factory.mktemp("exported"))

@@ -1,0 +1,72 @@
+"""Small exports that several test files share: every family and target once a session.
+
+torch's trace is most of the time of a tiny export and does not depend on the target, so it is kept:
+a family is traced once, every target starts from a copy of that graph. Everything after the trace
+(weights, passes, verification, quantization, writing, measuring) runs in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+__all__ = ["FAMILIES", "IDS", "TARGETS", "Exporter", "sizes"]
+
+FAMILIES = ("hyena", "mamba", "retnet", "rwkv")
+TARGETS = ("cpu-fp16", "cpu-fp32", "cpu-int4", "cpu-int8")
+#: tokens that every tiny preset knows, as the text to evaluate on
+IDS = " ".join(str((7 * i + i * i // 5) % 29) for i in range(300))
+
+
+def sizes(timed: bool = False) -> Any:
+    """Measurements that take a second, and a few more with timing."""
+    from xexport.evaluate.suite import Sizes
+
+    return Sizes(256, 256, chunk_tokens=24, steps=10, prefill=(16,), positions=(), timed=timed)
+
+
+class Exporter:
+    """``exporter(family, target) -> the bundle's folder``, made when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[tuple[str, str], Path] = {}
+        self._traces: dict[Any, Any] = {}
+        self.ids = root / "ids.txt"
+        self.ids.write_text(IDS, encoding="utf-8")
+
+    def __call__(self, family: str, target: str) -> Path:
+        key = family, target
+        if key not in self._made:
+            self._made[key] = self.export(family, target, self._root / f"{family}-{target}", preset="tiny")
+        return self._made[key]
+
+    def export(self, model: Any, target: str, out: Path, **options: Any) -> Path:
+        """Any export, with the kept traces and small measurements."""
+        import xexport
+
+        options.setdefault("eval_text", self.ids)
+        options.setdefault("sizes", sizes(timed=target == "cpu-int8"))
+        with self.traced_once():
+            return xexport.export(model, target=target, out=out, **options).path
+
+    @contextmanager
+    def traced_once(self) -> Iterator[None]:
+        """Let the exporter start from a copy of an earlier trace of the same module."""
+        from xexport.exporter import graph
+
+        real = graph.trace
+
+        def trace(module: Any, specs: Any, *, opset: int) -> Any:
+            key = type(module), repr(getattr(module, "config", id(module))), tuple(specs), opset
+            if key not in self._traces:
+                self._traces[key] = real(module, specs, opset=opset)
+            return self._traces[key].clone()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graph, "trace", trace)
+            yield
