@@ -11,7 +11,7 @@ from xexport.core.extras import require
 from xexport.core.manifest import Manifest
 from xexport.core.records import Drift, OpTimes, Record
 from xexport.report import format as fmt
-from xexport.report.entries import last_of, latency_of
+from xexport.report.entries import compared_latency, last_of
 from xexport.report.pareto import Point, front, points
 from xexport.report.tables import sizes_by_role
 
@@ -149,7 +149,7 @@ def latency_ecdf(records: Sequence[Record]) -> str | None:
     """Share of steps that took at most so long, from the raw samples, with p50, p90 and p99."""
     traces = []
     for runner, (name, colour) in RUNNERS.items():
-        row = latency_of(records, runner)
+        row = compared_latency(records).get(runner)
         if row is None:
             continue
         samples = sorted(ns / 1e6 for ns in row.step_ns)
@@ -178,7 +178,7 @@ def position_times(records: Sequence[Record]) -> str | None:
     """Median step time along the stream: flat for a state of fixed size, rising for a cache."""
     traces = []
     for runner, (name, colour) in RUNNERS.items():
-        row = latency_of(records, runner)
+        row = compared_latency(records).get(runner)
         if row is None or len(row.positions) < 2:
             continue
         traces.append(

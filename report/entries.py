@@ -15,6 +15,7 @@ from xexport.core.results import RESULTS_NAME, read_records
 __all__ = [
     "Entry",
     "all_of",
+    "compared_latency",
     "fidelity_of",
     "last_of",
     "latency_of",
@@ -68,16 +69,28 @@ def fidelity_of(records: Sequence[Record], runner: str = "bundle") -> Fidelity |
     return chosen[-1] if chosen else None
 
 
-def latency_of(records: Sequence[Record], runner: str = "bundle") -> Latency | None:
-    """The newest times of a runner, on the machine and threads of the bundle's own newest times.
-
-    Times of another machine are no comparison: a bundle may have been profiled again elsewhere.
-    """
-    bundle = last_of(records, Latency, "bundle")
-    found = [r for r in all_of(records, Latency, runner) if r.step_ns]
-    if bundle is not None:
-        found = [r for r in found if same_machine(r, bundle)]
+def latency_of(records: Sequence[Record]) -> Latency | None:
+    """The newest times of the bundle itself."""
+    found = [r for r in all_of(records, Latency, "bundle") if r.step_ns]
     return found[-1] if found else None
+
+
+def compared_latency(records: Sequence[Record]) -> dict[str, Latency]:
+    """Times that may be compared: runner -> row, all from one run on one machine.
+
+    The newest run that timed the bundle beside others, if that was on the machine of the bundle's
+    newest times; else those alone. A bundle profiled again later, or elsewhere, is not set beside
+    what was timed before.
+    """
+    newest = latency_of(records)
+    if newest is None:
+        return {}
+    runs: dict[str, dict[str, Latency]] = {}
+    for row in all_of(records, Latency):
+        if row.step_ns and same_machine(row, newest):
+            runs.setdefault(row.setup.date, {})[row.setup.runner] = row
+    beside = [run for run in runs.values() if "bundle" in run and len(run) > 1]
+    return beside[-1] if beside else {"bundle": newest}
 
 
 def op_times_of(records: Sequence[Record], form: str) -> OpTimes | None:

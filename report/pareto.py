@@ -11,7 +11,7 @@ from typing import NamedTuple
 from xexport.core.manifest import Manifest
 from xexport.core.records import Record
 from xexport.report import format as fmt
-from xexport.report.entries import fidelity_of, latency_of
+from xexport.report.entries import compared_latency, fidelity_of
 
 __all__ = ["Point", "front", "points"]
 
@@ -66,7 +66,7 @@ def front(found: Sequence[Point]) -> list[Point]:
 
 
 def _point(model: str, manifest: Manifest, records: Sequence[Record], runner: str) -> Point | None:
-    latency = latency_of(records, runner)
+    latency = compared_latency(records).get(runner)
     measured = fidelity_of(records, runner)
     if runner == "torch":
         measured = fidelity_of(records, "bundle") or fidelity_of(records, "onnx")

@@ -16,7 +16,7 @@ from xexport.core.records import (
     Record,
 )
 from xexport.report import format as fmt
-from xexport.report.entries import all_of, fidelity_of, last_of, latency_of, op_times_of
+from xexport.report.entries import all_of, compared_latency, fidelity_of, last_of, latency_of, op_times_of
 from xexport.report.jsonout import state_bytes, weights_bytes
 
 __all__ = [
@@ -109,18 +109,22 @@ def _figures(row: Fidelity) -> tuple[str, ...]:
 
 def latency(records: Sequence[Record]) -> Table:
     """One row a runner: step percentiles, decode, prefill by length, first token, load."""
-    found = [r for r in (latency_of(records, n) for n in RUNNERS) if r is not None]
+    run, newest = compared_latency(records), latency_of(records)
+    named = [(RUNNERS[n].replace(" (reference)", ""), run[n]) for n in RUNNERS if n in run]
+    if newest is not None and newest is not run.get("bundle"):
+        named.append((f"This bundle again, {newest.setup.date[:16].replace('T', ' ')}", newest))
+    found = [row for _, row in named]
     lengths = sorted({p.length for r in found for p in r.prefill})
     columns = (
         "Runner", "Step p50", "p90", "p99", "Decode /s",
         *(f"Prefill {n} /s" for n in lengths), "First token", "Load",
     )  # fmt: skip
     rows = []
-    for r in found:
+    for name, r in named:
         speeds = {p.length: p.tokens_per_s for p in r.prefill}
         rows.append(
             (
-                RUNNERS.get(r.setup.runner, r.setup.runner).replace(" (reference)", ""),
+                name,
                 *(fmt.ms(r.step_ms(q)) for q in (50, 90, 99)),
                 fmt.count(r.decode_tokens_per_s),
                 *(fmt.count(speeds.get(n, float("nan"))) for n in lengths),
@@ -133,7 +137,7 @@ def latency(records: Sequence[Record]) -> Table:
 
 def positions(records: Sequence[Record]) -> Table:
     """Median step time along the stream, by runner."""
-    found = [r for r in (latency_of(records, n) for n in RUNNERS) if r is not None and r.positions]
+    found = [r for r in compared_latency(records).values() if r.positions]
     places = sorted({p.position for r in found for p in r.positions})
     rows = []
     for r in found:

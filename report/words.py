@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from xexport.core.manifest import Manifest
 from xexport.core.records import ChunkLaw, Fidelity, Latency, PairedLatency, Record
 from xexport.report import format as fmt
-from xexport.report.entries import all_of, fidelity_of, last_of, latency_of, same_machine
+from xexport.report.entries import all_of, compared_latency, fidelity_of, last_of, latency_of, same_machine
 from xexport.report.jsonout import weights_bytes
 
 __all__ = ["RUNNER_NAMES", "Sentence", "Speed", "headline", "speed_against", "verdict"]
@@ -49,14 +49,15 @@ class Speed(NamedTuple):
 
 def speed_against(records: Sequence[Record], other: str) -> Speed | None:
     """The bundle's step against another runner's: from interleaved rounds where there are any."""
-    mine, theirs = latency_of(records), latency_of(records, other)
+    mine = latency_of(records)
     pairs = [p for p in all_of(records, PairedLatency, "bundle") if p.other == other]
     pairs = [p for p in pairs if mine is None or same_machine(p, mine)]
     if pairs:
         return Speed(other, *pairs[-1].speedup, True)
-    if mine is None or theirs is None:
+    run = compared_latency(records)
+    if other not in run:
         return None
-    return Speed(other, theirs.step_ms(50) / mine.step_ms(50), math.nan, math.nan, False)
+    return Speed(other, run[other].step_ms(50) / run["bundle"].step_ms(50), math.nan, math.nan, False)
 
 
 def headline(records: Sequence[Record]) -> str:
@@ -130,14 +131,15 @@ def _speed(records: Sequence[Record]) -> list[Sentence]:
         speed = speed_against(records, other)
         if speed is not None:
             found.append(_speed_sentence(speed))
-    prefill = _prefill(latency, latency_of(records, "onnx") or latency_of(records, "torch"))
+    prefill = _prefill(compared_latency(records))
     return [*found, prefill] if prefill else found
 
 
-def _prefill(mine: Latency, other: Latency | None) -> Sentence | None:
-    """Prefill against fp32, at the longest prompt that both were timed with."""
+def _prefill(run: Mapping[str, Latency]) -> Sentence | None:
+    """Prefill against fp32, at the longest prompt that both were timed with in one run."""
+    other = run.get("onnx") or run.get("torch")
     speeds = {p.length: p.tokens_per_s for p in other.prefill} if other else {}
-    common = [p for p in mine.prefill if p.length in speeds]
+    common = [p for p in run["bundle"].prefill if p.length in speeds] if other else []
     if other is None or not common:
         return None
     longest = max(common, key=lambda p: p.length)

@@ -38,7 +38,7 @@ from xexport.core.results import append_records
 from xexport.evaluate.chunks import chunk_law
 from xexport.evaluate.drift import drift
 from xexport.evaluate.fidelity import compare
-from xexport.report.entries import fidelity_of, latency_of, read_entry
+from xexport.report.entries import compared_latency, fidelity_of, latency_of, read_entry
 from xexport.report.format import bytes_text, figure, plus_minus
 from xexport.report.html import render_html, write_html
 from xexport.report.jsonout import report_json, summary
@@ -260,10 +260,21 @@ def test_times_of_another_machine_are_not_compared(
         setup, environment=msgspec.structs.replace(setup.environment, cpu="another", load_average=None)
     )
     records.append(latency_row(elsewhere, "bundle", 9.0))
-    assert latency_of(records, "torch") is None
+    assert list(compared_latency(records)) == ["bundle"]
     text = " ".join(s.text for s in verdict(manifest, records))
     assert "PyTorch (95%" not in text
     assert "of another." in text
+
+
+def test_times_of_another_run_are_not_compared(manifest: Manifest, fake_runner: Any, setup: Setup) -> None:
+    records = make_records(fake_runner, setup)
+    later = latency_row(msgspec.structs.replace(setup, date="2099-01-01T00:00:00+00:00"), "bundle", 9.0)
+    records.append(later)
+    assert latency_of(records) is later
+    assert compared_latency(records)["bundle"].step_ms(0) == 1.0
+    assert [p.ms for p in points([(manifest, records)]) if p.runner == "bundle"] == [pytest.approx(1.0495)]
+    markdown = render_markdown([(manifest, records)])
+    assert "This bundle again, 2099-01-01 00:00" in markdown
 
 
 def test_a_short_recorded_check_does_not_replace_the_comparison(fake_runner: Any, setup: Setup) -> None:
