@@ -58,7 +58,9 @@ def _bundle(manifest: Manifest, records: Sequence[Record], level: str) -> list[s
             if note and view[note]:
                 parts.append(_escape(view[note]))
             parts.append(_table(view[key]))
-    parts += [f"{level} Reproduce", _escape(view["reproduce_note"]), _code(view["reproduce"])]
+    parts += [f"{level} Reproduce", _code(view["reproduce"])]
+    if view["reproduce_note"]:
+        parts.append(_escape(view["reproduce_note"]))
     return parts
 
 

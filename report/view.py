@@ -84,7 +84,7 @@ def subtitle(manifest: Manifest) -> str:
 def compared(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> tables.Table:
     """One row a bundle."""
     columns = (
-        "Bundle", "Bits per byte", "Lost", "Same top-1", "KL mean", "Step p50", "× PyTorch", "× ONNX fp32",
+        "Bundle", "Bits per byte", "Lost", "Same top-1", "KL mean", "Step p50", "× PyTorch", "× fp32",
         "Prefill /s", "Weights", "Peak memory",
     )  # fmt: skip
     rows = []
@@ -119,17 +119,30 @@ def _compared_accuracy(row: Fidelity | None) -> tuple[str, ...]:
 def reproduce(manifest: Manifest) -> str:
     """The commands that make this bundle and measure it again."""
     model, folder = manifest.model, f"{manifest.model.family}-{manifest.target}"
-    command = ["xexport", model.family, "--target", manifest.target, "--out", folder]
-    first = shlex.join(command)
+    if model.source.startswith("module "):
+        first = (
+            f"xexport.export(module, target={manifest.target!r}, out={folder!r})  # in Python: {model.source}"
+        )
+    else:
+        first = shlex.join(
+            ["xexport", model.family, "--target", manifest.target, *_weights(manifest), "--out", folder]
+        )
     return f"{first}\nxexport validate {shlex.quote(folder)}\nxexport profile {shlex.quote(folder)}"
 
 
+def _weights(manifest: Manifest) -> list[str]:
+    """The option that names the weights; none for the checkpoint that ships with the package."""
+    source = manifest.model.source
+    if source.startswith("preset "):
+        return ["--preset", source.removeprefix("preset ").split(",", 1)[0]]
+    return [] if source == f"{manifest.model.family}.safetensors" else ["--weights", source]
+
+
 def _reproduce_note(row: Fidelity | None) -> str:
-    note = "Add --weights with the checkpoint named under Model if it was not the built-in one."
-    if row and row.setup.text:
-        note += f" Scored on {row.setup.text}"
-        note += f" (SHA-256 {row.setup.text_sha256[:16]}…)." if row.setup.text_sha256 else "."
-    return note
+    if row is None or not row.setup.text:
+        return ""
+    digest = f" (SHA-256 {row.setup.text_sha256[:16]}…)" if row.setup.text_sha256 else ""
+    return f"Scored on {row.setup.text}{digest}."
 
 
 def _tiles(manifest: Manifest, records: Sequence[Record]) -> list[Tile]:

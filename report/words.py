@@ -146,7 +146,7 @@ def _prefill(run: Mapping[str, Latency]) -> Sentence | None:
     ratio = longest.tokens_per_s / speeds[longest.length]
     name = RUNNER_NAMES.get(other.setup.runner, other.setup.runner)
     rest = f"{fmt.count(longest.tokens_per_s)} tokens per second in a call of {longest.length}"
-    how = "from separate runs, without an interval"
+    how = "timed one after the other, without an interval"
     if ratio < 1 - BLUR:
         return Sentence(
             "bad", f"Prefill is slower than {name} here: {fmt.times(ratio)} as fast, {rest} ({how})."

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xexport.core.errors import InputError
@@ -16,6 +16,7 @@ from xexport.evaluate.chunks import chunk_law, random_cuts
 TEXT = np.random.default_rng(2).integers(0, 16, 97)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 500), st.integers(1, 6), st.integers(0, 99))
 def test_cuts_are_odd_add_up_and_repeat_with_their_seed(total: int, count: int, seed: int) -> None:
     cuts = random_cuts(total, count, seed)

@@ -77,14 +77,14 @@ def test_times_are_those_of_the_runner(fake_runner: Any, setup: Setup) -> None:
     row = measure_latency(
         fake_runner(delay=0.002), TOKENS, setup=setup, warmup=1, steps=10, prefill=(4,), repeats=2
     )
-    assert 2.0 <= row.step_ms(50) < 20.0
+    assert 2.0 <= row.step_ms(50) < 200.0
     assert row.step_ms(99) >= row.step_ms(50)
-    assert 4 / 0.02 < row.prefill_tokens_per_s <= 4 / 0.002
+    assert 4 / 0.2 < row.prefill_tokens_per_s <= 4 / 0.002
 
 
 def test_a_growing_cost_shows_at_later_positions(fake_runner: Any, setup: Setup) -> None:
     row = measure_latency(
-        fake_runner(delay_per_token=1e-5),
+        fake_runner(delay_per_token=4e-5),
         TOKENS,
         setup=setup,
         steps=5,
@@ -111,10 +111,10 @@ def test_no_tokens(fake_runner: Any, setup: Setup) -> None:
 
 
 def test_paired_rounds_alternate_and_give_the_ratio(fake_runner: Any, setup: Setup) -> None:
-    slow, fast = fake_runner(delay=0.004), fake_runner(delay=0.001)
+    slow, fast = fake_runner(delay=0.02), fake_runner(delay=0.002)
     row = paired_latency(fast, slow, TOKENS, setup=setup, other_name="torch", rounds=6, steps=3, warmup=1)
     ratio, low, high = row.speedup
-    assert 1.5 < low <= ratio <= high < 5
+    assert 1.5 < low <= ratio <= high < 11
     assert [len(r) for r in row.ns] == [len(r) for r in row.other_ns] == [3] * 6
 
 
@@ -236,7 +236,7 @@ def test_memory_of_what_is_no_bundle(tmp_path: Path, setup: Setup) -> None:
 
 def test_bandwidth_and_its_floor(setup: Setup) -> None:
     row = measure_bandwidth(8 << 20, setup=setup, buffer_bytes=64 << 20, repeats=3)
-    assert 5e8 < row.bytes_per_s < 2e12
+    assert 1e8 < row.bytes_per_s < 2e12
     made = Bandwidth(setup=setup, threads=1, buffer_bytes=1000, read_ns=(200, 100), bytes_per_token=5000)
     assert made.bytes_per_s == 1e10
     assert made.floor_ms == pytest.approx(0.0005)

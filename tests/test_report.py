@@ -44,6 +44,7 @@ from xexport.report.html import render_html, write_html
 from xexport.report.jsonout import report_json, summary
 from xexport.report.markdown import render_markdown
 from xexport.report.pareto import Point, front, points
+from xexport.report.view import reproduce
 from xexport.report.words import headline, verdict
 
 TEXT = np.random.default_rng(1).integers(0, 16, 260)
@@ -369,6 +370,23 @@ def test_what_can_not_be_rendered(
     monkeypatch.setattr("xexport.core.extras.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match="plotly"):
         render_html([(manifest, [])])
+
+
+@pytest.mark.parametrize(
+    ("source", "first"),
+    [
+        ("toy.safetensors", "xexport toy --target cpu-fp32 --out toy-cpu-fp32"),
+        ("my file.pth", "xexport toy --target cpu-fp32 --weights 'my file.pth' --out toy-cpu-fp32"),
+        ("preset 0.1B, seed 3", "xexport toy --target cpu-fp32 --preset 0.1B --out toy-cpu-fp32"),
+        (
+            "module my.Net",
+            "xexport.export(module, target='cpu-fp32', out='toy-cpu-fp32')  # in Python: module my.Net",
+        ),
+    ],
+)
+def test_how_to_make_it_again(manifest: Manifest, source: str, first: str) -> None:
+    model = msgspec.structs.replace(manifest.model, source=source)
+    assert reproduce(msgspec.structs.replace(manifest, model=model)).splitlines()[0] == first
 
 
 @pytest.mark.parametrize(
