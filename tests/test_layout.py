@@ -83,7 +83,8 @@ def test_wheel_holds_the_tree(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        inside = {n for n in archive.namelist() if n.startswith("xexport/") and not n.endswith((".so", ".pyd"))}
+        names = [n for n in archive.namelist() if n.startswith("xexport/")]
+    inside = {n for n in names if not n.endswith((".so", ".dylib", ".dll"))}
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"]["packages"]
     wanted: set[str] = set()
     tracked = subprocess.run(
