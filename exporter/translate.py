@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 import torch
-from onnxscript import values
+from onnxscript import opset23, values
 
 from xexport.core.op import OpSpec
 from xexport.core.registry import get_op, op_names
@@ -35,7 +35,19 @@ _TYPES = {
 def translation_table() -> dict[Any, Callable[..., Any]]:
     """torch operator overload -> function that emits its bare node, for every operator folder."""
     specs = [get_op(name) for name in op_names()]
-    return {getattr(torch.ops.xexport, spec.name).default: _bare_node(spec) for spec in specs}
+    table = {getattr(torch.ops.xexport, spec.name).default: _bare_node(spec) for spec in specs}
+    table[torch.ops.aten.softplus.default] = _softplus
+    return table
+
+
+def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    """One Softplus node instead of torch's seven: ONNX's own is stable for large inputs.
+
+    torch returns x itself beyond the threshold; there softplus(x) - x < exp(-20), under fp32 rounding.
+    """
+    if beta == 1.0:
+        return opset23.Softplus(x)
+    return opset23.Div(opset23.Softplus(opset23.Mul(x, beta)), beta)
 
 
 def _bare_node(spec: OpSpec) -> Callable[..., Any]:
