@@ -152,6 +152,30 @@ def test_body_keeps_its_digits_at_the_fastest_decay_rwkv_can_have(variant: str) 
         assert error(a, b) < TOLERANCES["op_fp32"]
 
 
+def repeated_tokens() -> list[Tensor]:
+    """The same key again and again, removed in full: the triangular system of a chunk is all ones."""
+    x = make_inputs(1, 48, 2, 16)
+    for i in (1, 4, 5):
+        x[i] = x[i][:, :1].expand_as(x[i]).contiguous()
+    x[1] = torch.full_like(x[1], 0.999)
+    x[5] = -0.99 * x[4]
+    return x
+
+
+def test_parallel_in_float32_keeps_its_digits_where_tokens_repeat() -> None:
+    x = repeated_tokens()
+    for got, want in zip(wkv7_parallel(*x), by_the_formula(*x), strict=True):
+        assert error(got, want) < TOLERANCES["op_fp32"]
+
+
+@pytest.mark.parametrize("variant", ["auto", "chunked", "scan"])
+def test_body_keeps_its_digits_where_tokens_repeat(variant: str) -> None:
+    x = repeated_tokens()
+    got = run_body(SPEC, dict(zip(NAMES, (p.numpy() for p in x), strict=True)), variant)
+    for a, b in zip(got, wkv7(*x), strict=True):
+        assert error(a, b) < TOLERANCES["op_fp32"]
+
+
 @pytest.mark.parametrize(("variant", "T"), [("scan", 7), ("step", 1)])
 def test_body_runs_in_the_onnx_reference_evaluator(variant: str, T: int) -> None:
     from onnx.reference import ReferenceEvaluator

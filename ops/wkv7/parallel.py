@@ -83,11 +83,21 @@ def _causal(chunk: int, like: Tensor) -> Tensor:
 
 
 def _unit_lower_inverse(M: Tensor, size: int) -> Tensor:
-    """(I - M)^-1 for a strictly lower triangular M, by doubling: (I + M)(I + M^2)(I + M^4)..."""
-    inverse = M + torch.eye(size, dtype=M.dtype, device=M.device)
-    power, reach = M, 2
+    """(I - M)^-1 for a strictly lower triangular M, by merging inverted diagonal blocks of 2, 4, 8 ...
+
+    (I + M)(I + M^2)(I + M^4) ... costs the same but cancels where tokens repeat (function.py says more).
+    """
+    at = torch.arange(size, device=M.device)
+    inverse = torch.eye(size, dtype=M.dtype, device=M.device) + M * _same_block(at, 2)
+    reach = 2
     while reach < size:
-        power = power @ power
-        inverse = inverse + inverse @ power
+        below = M * (_same_block(at, 2 * reach) & ~_same_block(at, reach))
+        inverse = inverse + inverse @ below @ inverse
         reach *= 2
     return inverse
+
+
+def _same_block(at: Tensor, size: int) -> Tensor:
+    """[C,C]: whether row and column lie in the same diagonal block."""
+    block = at // size
+    return block[:, None] == block
