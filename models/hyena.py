@@ -5,6 +5,8 @@ Sources:
        section 3.1 (the operator), 3.2 (filters and window), appendix A (sizes).
     2. HazyResearch/safari, ``hyena.py`` (Apache-2.0): the form that was trained, followed here where
        it departs from the paper.
+    3. Nguyen et al., HyenaDNA, arXiv 2306.15794, and its Hugging Face checkpoints: a window that ends
+       above zero, and a trained table of features.
 
 Glossary:
     B batch, T tokens, d width, N order (projections besides v), L = max_tokens, the filters' length.
@@ -19,7 +21,7 @@ N-1 times, as the short convolution already stands for the first. That is what i
 
 The filters are implicit: h_n[t] = window(t) * FFN(features(t)), with sine activations,
 features(t) = [t/(L-1), cos(f w), -sin(f w)], w = 2 pi t / L, bands f = 1e-4 .. bands-1, and
-window(t) = exp(-|delta_c| t/(L-1)) with delta from log(0.01)/1.5 to log(0.01)/0.3 over the channels.
+window(t) = shift + exp(-|delta_c| t/(L-1)) with delta from log(0.01)/1.5 to log(0.01)/0.3 over the channels.
 The training form holds the FFN. The chunk form holds the filters it makes, [d,L] each, computed once in
 float64: nothing of the FFN is left at run time.
 
@@ -65,6 +67,7 @@ class HyenaConfig:
         filter_width, filter_inner: width of the filters' FFN, and its layers between first and last.
         filter_features: width of ``features(t)``, odd: time, and as many cosines as sines.
         filter_frequency: first value of the sine activations' frequencies.
+        filter_shift: what the window ends at.
         eps: epsilon of the layer norms.
     """
 
@@ -78,6 +81,7 @@ class HyenaConfig:
     filter_inner: int = 2
     filter_features: int = 33
     filter_frequency: float = 14.0
+    filter_shift: float = 0.0
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -111,12 +115,17 @@ class _ImplicitFilter(nn.Module):
         bands = (c.filter_features - 1) // 2
         phase = _line(step, 1e-4, bands - 1, bands) * (2 * math.pi / c.max_tokens * step[:, None])
         z = torch.cat((time, phase.cos(), -phase.sin()), 1)
+        slow, fast = (-math.log(1e-2) / share for share in (1.5, 0.3))
+        window = torch.exp(-time * _line(step, slow, fast, c.width * (c.order - 1)))
+        return self.windowed(z, window + c.filter_shift)
+
+    def windowed(self, features: Tensor, window: Tensor) -> Tensor:
+        """Filters ``[N-1,d,length]`` from ``[length,features]`` and a window ``[length,(N-1)*d]``."""
+        z = features
         for linear in self.ffn:
             z = torch.sin(self.frequency * linear(z))
-        slow, fast = (-math.log(1e-2) / share for share in (1.5, 0.3))
-        channels = c.width * (c.order - 1)
-        window = torch.exp(-time * _line(step, slow, fast, channels))
-        return torch.unflatten((self.last(z) * window).T, 0, (c.width, c.order - 1)).transpose(0, 1)
+        shaped = torch.unflatten((self.last(z) * window).T, 0, (self.c.width, self.c.order - 1))
+        return shaped.transpose(0, 1)
 
 
 def _line(like: Tensor, start: float, end: float, count: int) -> Tensor:
@@ -310,30 +319,120 @@ def _from_training(config: HyenaConfig, tensors: Mapping[str, Tensor]) -> dict[s
     return result
 
 
+_DNA = "hyena.backbone."
+
+
 def _recognise(raw: RawCheckpoint) -> str | None:
     if raw.metadata.get("xexport.family") == "hyena":
         return "its metadata says it is a Hyena that xexport trained"
+    if raw.config.get("model_type") == "hyenadna" or f"{_DNA}ln_f.weight" in raw.tensors:
+        return "it has the layout of HyenaDNA"
     return None
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
     config = own_config(raw, "hyena", HyenaConfig)
-    if config is None:
+    if config is not None:
+        with torch.device("meta"):
+            wanted = HyenaTrain(config).state_dict()
+        require_keys(raw, tuple(wanted), "hyena")
+        _check_shapes(raw.tensors, wanted)
+        tensors = _from_training(config, {k: raw.tensors[k] for k in wanted})
+    elif f"{_DNA}ln_f.weight" in raw.tensors:
+        config, tensors = _read_dna(raw)
+    else:
         raise CheckpointError(
             "this is not a Hyena checkpoint that can be read",
             got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="a safetensors file from xexport's own training",
+            allowed="a Hugging Face folder of HyenaDNA, or a safetensors file from xexport's own training",
         )
-    with torch.device("meta"):
-        wanted = {k: v.shape for k, v in HyenaTrain(config).state_dict().items()}
-    require_keys(raw, tuple(wanted), "hyena")
-    for key, shape in wanted.items():
-        if raw.tensors[key].shape != shape:
-            raise CheckpointError(
-                f"tensor {key!r} has a wrong shape", got=tuple(raw.tensors[key].shape), allowed=tuple(shape)
-            )
-    tensors = _from_training(config, {k: raw.tensors[k] for k in wanted})
     return LoadedModel("hyena", config, tensors, source=str(raw.path))
+
+
+def _check_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for key, tensor in wanted.items():
+        if found[key].shape != tensor.shape:
+            raise CheckpointError(
+                f"tensor {key!r} has a wrong shape", got=tuple(found[key].shape), allowed=tuple(tensor.shape)
+            )
+
+
+#: HyenaDNA's block -> here
+_DNA_BLOCK = {
+    "norm1": "hyena_norm",
+    "norm2": "mlp_norm",
+    "mixer.in_proj": "hyena.in_proj",
+    "mixer.out_proj": "hyena.out_proj",
+    "mlp.fc1": "fc1",
+    "mlp.fc2": "fc2",
+}
+
+
+def _read_dna(raw: RawCheckpoint) -> tuple[HyenaConfig, dict[str, Tensor]]:
+    """A HyenaDNA language model: sizes from the shapes, filters from the stored features and window."""
+    t, first = raw.tensors, f"{_DNA}layers.0."
+    names = ("mixer.filter_fn.pos_emb.z", "mixer.filter_fn.modulation.deltas", "mixer.in_proj.weight")
+    needed = tuple(first + n for n in (*names, "mlp.fc1.weight", "mixer.filter_fn.implicit_filter.0.weight"))
+    require_keys(raw, (f"{_DNA}embeddings.word_embeddings.weight", *needed), "hyena (HyenaDNA)")
+    embed = t[f"{_DNA}embeddings.word_embeddings.weight"]
+    linear = [
+        k for k in t if k.startswith(f"{first}mixer.filter_fn.implicit_filter.") and k.endswith("weight")
+    ]
+    config = HyenaConfig(
+        vocab_size=embed.shape[0],
+        width=embed.shape[1],
+        layers=1 + max(int(k.split(".")[3]) for k in t if k.startswith(f"{_DNA}layers.")),
+        ffn=t[f"{first}mlp.fc1.weight"].shape[0],
+        max_tokens=t[f"{first}mixer.filter_fn.pos_emb.z"].shape[1],
+        order=t[f"{first}mixer.in_proj.weight"].shape[0] // embed.shape[1] - 1,
+        filter_width=t[f"{first}mixer.filter_fn.implicit_filter.0.weight"].shape[0],
+        filter_inner=len(linear) - 2,
+        filter_features=t[f"{first}mixer.filter_fn.implicit_filter.0.weight"].shape[1],
+        filter_shift=0.05,
+    )
+    if config.order != 2:
+        raise CheckpointError("HyenaDNA exists with order 2 only", got=config.order)
+    result = {"embed.weight": embed, "head.weight": t.get("lm_head.weight", embed)}
+    for kind in ("weight", "bias"):
+        result[f"norm.{kind}"] = t[f"{_DNA}ln_f.{kind}"]
+    for i in range(config.layers):
+        block = {
+            k.removeprefix(f"{_DNA}layers.{i}."): v
+            for k, v in t.items()
+            if k.startswith(f"{_DNA}layers.{i}.")
+        }
+        result |= {f"layers.{i}.{k}": v for k, v in _dna_block(config, block).items()}
+    with torch.device("meta"):
+        wanted = Hyena(config).state_dict()
+    _check_shapes(result, wanted)
+    return config, result
+
+
+def _dna_block(config: HyenaConfig, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One block in this file's names, the filters made in float64."""
+    try:
+        result = {
+            f"{ours}.{k}": t[f"{its}.{k}"] for its, ours in _DNA_BLOCK.items() for k in ("weight", "bias")
+        }
+        result["hyena.conv_weight"] = t["mixer.short_filter.weight"][:, 0].T
+        result["hyena.conv_bias"] = t["mixer.short_filter.bias"]
+        result["hyena.filter_skip"] = t["mixer.filter_fn.bias"].view(config.order - 1, config.width)
+        made = "mixer.filter_fn.implicit_filter."
+        shared = next(v for k, v in t.items() if k.startswith(made) and k.endswith("freq"))
+        state = {"frequency": shared[0], "last.weight": t[f"{made}{2 * config.filter_inner + 2}.weight"]}
+        for j in range(config.filter_inner + 1):
+            state |= {f"ffn.{j}.{k}": t[f"{made}{2 * j}.{k}"] for k in ("weight", "bias")}
+        features = t["mixer.filter_fn.pos_emb.z"][0].double()
+        deltas = t["mixer.filter_fn.modulation.deltas"].double().flatten()
+    except (KeyError, StopIteration) as error:
+        raise CheckpointError("a HyenaDNA block lacks a tensor", got=error, fix="is it truncated?") from error
+    with torch.device("cpu"):
+        ffn = _ImplicitFilter(config).double()
+    ffn.load_state_dict(state)
+    time = torch.linspace(0, 1, config.max_tokens, dtype=torch.float64)[:, None]
+    with torch.no_grad():
+        filters = ffn.windowed(features, torch.exp(-time * deltas.abs()) + config.filter_shift)
+    return result | {f"filters.{j}": h.float().contiguous() for j, h in enumerate(filters)}
 
 
 def _sized(layers: int, width: int, ffn: int) -> HyenaConfig:
@@ -344,7 +443,11 @@ def _sized(layers: int, width: int, ffn: int) -> HyenaConfig:
 FAMILY = Family(
     name="hyena",
     title="Hyena: gated implicit long convolutions (arXiv 2302.10866)",
-    sources=("https://arxiv.org/abs/2302.10866", "https://github.com/HazyResearch/safari"),
+    sources=(
+        "https://arxiv.org/abs/2302.10866",
+        "https://github.com/HazyResearch/safari",
+        "https://arxiv.org/abs/2306.15794",
+    ),
     config=HyenaConfig,
     presets={
         "tiny": HyenaConfig(

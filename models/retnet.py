@@ -18,8 +18,9 @@ with q and k rotated by the angle ``position * theta`` (xPos without its scaling
 
 Normalisation: the paper also divides by sqrt(K), by the row sums of the decay mask and by the row's
 absolute sum (section 2.2, "retention score normalization"). The last two divide a head's output at
-one token by one positive number; the group norm that follows cancels any such factor (but for its
-epsilon), so the recurrence keeps K^-1/2 alone and the model is the same function.
+one token by one positive number; the group norm that follows cancels any such factor, so the recurrence
+keeps K^-1/2 alone and the model is the same function. (But for the norm's epsilon of 1e-6, which acts on
+head outputs of 1e-3 and less, as weights that were never trained give.)
 
 Precision: ``position * theta`` in float32 is wrong by 0.006 rad at token 100 000. Here theta is a
 fraction of a turn in units of 2^-32, the product is taken modulo 2^32 in int64 and is exact, so the
@@ -57,7 +58,7 @@ class RetNetConfig:
     Attributes:
         vocab_size, width, layers, heads: V, d, number of blocks, H.
         ffn: inner width of the feed-forward network (the paper's is 2 d).
-        value_factor: value size over key size (the paper's is 2).
+        value_factor: value size over key size (the paper's is 2); their product is whole.
         rms: RMS norms without mean and bias, as torchscale has them, in place of layer and group norms.
         glu: gate the feed-forward network by a third matrix, as torchscale does.
         eps: epsilon of every norm.
@@ -68,18 +69,20 @@ class RetNetConfig:
     layers: int = 4
     heads: int = 5
     ffn: int = 320
-    value_factor: int = 2
+    value_factor: float = 2
     rms: bool = False
     glu: bool = False
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if min(self.vocab_size, self.width, self.layers, self.heads, self.ffn, self.value_factor) < 1:
+        if min(self.vocab_size, self.width, self.layers, self.heads, self.ffn) < 1:
             raise InputError("a RetNet size is below 1", got=self)
         if self.width % (2 * self.heads):
             raise InputError(
                 "the width of a RetNet must be an even multiple of its heads", got=(self.width, self.heads)
             )
+        if self.value_size < 1 or self.value_size != self.key_size * self.value_factor:
+            raise InputError("the value size is not whole", got=self.key_size * self.value_factor)
 
     @property
     def key_size(self) -> int:
@@ -89,7 +92,7 @@ class RetNetConfig:
     @property
     def value_size(self) -> int:
         """V."""
-        return self.key_size * self.value_factor
+        return round(self.key_size * self.value_factor)
 
 
 class _Norm(nn.Module):
@@ -329,24 +332,80 @@ def _from_training(config: RetNetConfig, tensors: Mapping[str, Tensor]) -> dict[
     return {**{k: v.detach() for k, v in tensors.items()}, **_tables(config)}
 
 
+#: torchscale's RetNetDecoder -> here
+_TORCHSCALE = (
+    ("embed_tokens.", "embed."),
+    ("output_projection.", "head."),
+    (".retention_layer_norm.", ".retention_norm."),
+    (".final_layer_norm.", ".ffn_norm."),
+    ("layer_norm.", "norm."),
+)
+_HEADS = "retnet_rel_pos.decay"
+
+
 def _recognise(raw: RawCheckpoint) -> str | None:
     if raw.metadata.get("xexport.family") == "retnet":
         return "its metadata says it is a RetNet that xexport trained"
+    if any(key.endswith(_HEADS) for key in raw.tensors):
+        return "it has torchscale's retnet_rel_pos.decay"
     return None
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
     config = own_config(raw, "retnet", RetNetConfig)
-    if config is None:
-        raise CheckpointError(
-            "this is not a RetNet checkpoint that can be read",
-            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="a safetensors file from xexport's own training",
-        )
+    if config is not None:
+        return _checked(raw, config, dict(raw.tensors))
+    if any(key.endswith(_HEADS) for key in raw.tensors):
+        return _load_torchscale(raw)
+    raise CheckpointError(
+        "this is not a RetNet checkpoint that can be read",
+        got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
+        allowed="torchscale's RetNetDecoder, or a safetensors file from xexport's own training",
+    )
+
+
+def _load_torchscale(raw: RawCheckpoint) -> LoadedModel:
+    """torchscale's decoder with normalisation before each block, its default; sizes from the shapes."""
+    prefix = next(key for key in raw.tensors if key.endswith(_HEADS)).removesuffix(_HEADS)
+    found = {k.removeprefix(prefix): v for k, v in raw.tensors.items() if k.startswith(prefix)}
+    first = ("retention.v_proj.weight", "ffn.fc1.weight", "retention_layer_norm.weight")
+    needed = ("embed_tokens.weight", "layer_norm.weight", *(f"layers.0.{k}" for k in first))
+    require_keys(raw, tuple(prefix + key for key in needed), "retnet (torchscale)")
+    vocab, width = found["embed_tokens.weight"].shape
+    config = RetNetConfig(
+        vocab_size=vocab,
+        width=width,
+        layers=1 + max(int(k.split(".")[1]) for k in found if k.startswith("layers.")),
+        heads=found[_HEADS].shape[0],
+        ffn=found["layers.0.ffn.fc1.weight"].shape[0],
+        value_factor=found["layers.0.retention.v_proj.weight"].shape[0] / width,
+        rms="layers.0.retention_layer_norm.bias" not in found,
+        glu="layers.0.ffn.gate.weight" in found,
+    )
+    found.setdefault("output_projection.weight", found["embed_tokens.weight"])
+    renamed = {}
+    for key, tensor in found.items():
+        for theirs, ours in _TORCHSCALE:
+            if theirs in key:
+                key = key.replace(theirs, ours)
+                break
+        renamed[key] = tensor
+    return _checked(raw, config, renamed)
+
+
+def _checked(raw: RawCheckpoint, config: RetNetConfig, found: dict[str, Tensor]) -> LoadedModel:
+    """The tensors of ``config`` out of ``found``, each of the right shape."""
     with torch.device("meta"):
         wanted = {k: v.shape for k, v in RetNet(config).state_dict().items()}
-    require_keys(raw, tuple(k for k in wanted if k not in ("decay", "turns")), "retnet")
-    tensors = _from_training(config, {k: v for k, v in raw.tensors.items() if k in wanted})
+    tensors = _from_training(config, {k: v for k, v in found.items() if k in wanted})
+    missing = [k for k in wanted if k not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"this checkpoint lacks {len(missing)} tensors of a RetNet",
+            got=f"{raw.path.name}: {len(raw.tensors)} tensors",
+            allowed=f"among others {', '.join(missing[:4])}",
+            fix="is it truncated, or of another variant?",
+        )
     for key, shape in wanted.items():
         if tensors[key].shape != shape:
             raise CheckpointError(

@@ -238,6 +238,70 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
         FAMILY.load(open_checkpoint(write(tmp_path / "c.safetensors", narrow, train)))
 
 
+def dna_folder(folder: Path, config: HyenaConfig, train: HyenaTrain) -> Path:
+    """The training form's weights as Hugging Face's HyenaDNA lays them out."""
+    L, bands = config.max_tokens, (config.filter_features - 1) // 2
+    angle = torch.linspace(1e-4, bands - 1, bands) * (2 * np.pi * torch.arange(L) / L)[:, None]
+    z = torch.cat((torch.linspace(0, 1, L)[:, None], torch.cos(-angle), torch.sin(-angle)), 1)
+    deltas = torch.linspace(np.log(1e-2) / 1.5, np.log(1e-2) / 0.3, config.width)
+    names = {
+        "hyena_norm": "norm1",
+        "mlp_norm": "norm2",
+        "hyena.in_proj": "mixer.in_proj",
+        "hyena.out_proj": "mixer.out_proj",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+        "filters.last": f"mixer.filter_fn.implicit_filter.{2 * config.filter_inner + 2}",
+    }
+    names |= {
+        f"filters.ffn.{i}": f"mixer.filter_fn.implicit_filter.{2 * i}" for i in range(config.filter_inner + 1)
+    }
+    w, out = train.state_dict(), {}
+    out["hyena.backbone.embeddings.word_embeddings.weight"] = w["embed.weight"]
+    out |= {f"hyena.backbone.ln_f.{k}": w[f"norm.{k}"] for k in ("weight", "bias")}
+    for i in range(config.layers):
+        ours, its = f"layers.{i}.", f"hyena.backbone.layers.{i}."
+        for name, other in names.items():
+            out |= {
+                f"{its}{other}.{k}": w[f"{ours}{name}.{k}"]
+                for k in ("weight", "bias")
+                if f"{ours}{name}.{k}" in w
+            }
+        out[f"{its}mixer.short_filter.weight"] = w[f"{ours}hyena.conv_weight"].T[:, None].contiguous()
+        out[f"{its}mixer.short_filter.bias"] = w[f"{ours}hyena.conv_bias"]
+        out[f"{its}mixer.filter_fn.bias"] = w[f"{ours}hyena.filter_skip"][0]
+        out[f"{its}mixer.filter_fn.implicit_filter.1.freq"] = w[f"{ours}filters.frequency"][None]
+        out[f"{its}mixer.filter_fn.pos_emb.z"] = z[None].clone()
+        out[f"{its}mixer.filter_fn.modulation.deltas"] = deltas[None, None].clone()
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "hyenadna"}))
+    save_file(out, folder / "model.safetensors")
+    return folder
+
+
+def test_hyenadna_checkpoint_loads(tmp_path: Path) -> None:
+    config = dataclasses.replace(ORDERS[2], filter_shift=0.05)
+    module, train = made(config)
+    raw = open_checkpoint(dna_folder(tmp_path / "dna", config, train))
+    assert FAMILY.recognise(raw)
+    loaded = FAMILY.load(raw)
+    assert dataclasses.replace(loaded.config, filter_frequency=config.filter_frequency) == config
+    want = module.state_dict() | {"head.weight": module.embed.weight}
+    assert set(loaded.tensors) == set(want)
+    # the features of the checkpoint are a table of float32, made in float64 otherwise; sines of 14 of them
+    for key, tensor in want.items():
+        tolerance = TOLERANCES["model_fp32"] if ".filters." in key else 0.0
+        assert_same([loaded.tensors[key]], [tensor], tolerance)
+
+
+def test_truncated_hyenadna_is_refused(tmp_path: Path) -> None:
+    config = ORDERS[2]
+    raw = open_checkpoint(dna_folder(tmp_path / "dna", config, made(config)[1]))
+    less = {k: v for k, v in raw.tensors.items() if not k.endswith("layers.1.mlp.fc2.weight")}
+    with pytest.raises(CheckpointError, match="lacks a tensor"):
+        FAMILY.load(dataclasses.replace(raw, tensors=less))
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [({"order": 1}, "order"), ({"filter_features": 4}, "pairs"), ({"max_tokens": 1}, "too small")],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -187,7 +189,7 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     train = FAMILY.train_form(TINY)
     other = open_checkpoint(write(tmp_path / "b.safetensors", TINY, train, family="hyena"))
     assert FAMILY.recognise(other) is None
-    with pytest.raises(CheckpointError, match="not a RetNet"):
+    with pytest.raises(CheckpointError, match="not a RetNet checkpoint"):
         FAMILY.load(other)
     narrow = dataclasses.replace(TINY, ffn=24)
     with pytest.raises(CheckpointError, match=r"ffn.fc1.*wrong shape"):
@@ -199,6 +201,8 @@ def test_impossible_sizes_are_refused() -> None:
         RetNetConfig(width=30, heads=4)
     with pytest.raises(InputError, match="below 1"):
         RetNetConfig(layers=0)
+    with pytest.raises(InputError, match="not whole"):
+        RetNetConfig(width=32, heads=2, value_factor=1.3)
 
 
 @pytest.mark.parametrize(("preset", "billions"), [("1.3b", 1.3), ("2.7b", 2.7), ("6.7b", 6.7)])
@@ -262,3 +266,69 @@ def test_torchscale_retention() -> None:
     v = block.retention.v_proj(x).view(2, T, config.heads, -1).transpose(1, 2)
     got = block.retention.finish(x, train._retain(q, k, v, train._decays(T)).transpose(1, 2))
     assert_same([got], [want], TOLERANCES["oracle_fp32"])
+
+
+@pytest.fixture
+def torchscale_decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
+    """torchscale's decoder; what it imports for distributed training is replaced by nothing."""
+    pytest.importorskip("torchscale")
+    for name in ("fairscale", "timm", "timm.models"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, parts in {
+        "fairscale.nn": ("checkpoint_wrapper", "wrap"),
+        "timm.models.layers": ("drop_path",),
+    }.items():
+        module = ModuleType(name)
+        for part in parts:
+            setattr(module, part, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    decoder = importlib.import_module("torchscale.architecture.retnet").RetNetDecoder
+    its_config = importlib.import_module("torchscale.architecture.config").RetNetConfig
+
+    def make(**sizes: float) -> nn.Module:
+        args = its_config(**sizes)
+        made: nn.Module = decoder(args, nn.Embedding(args.vocab_size, args.decoder_embed_dim))
+        return made.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("prefix", ["", "decoder."])
+def test_torchscale_checkpoint(
+    tmp_path: Path, torchscale_decoder: Callable[..., nn.Module], prefix: str
+) -> None:
+    """A file of its state dict loads, and the whole decoder agrees.
+
+    Fresh weights give tiny head outputs, on which the norms' usual epsilon acts: it is 1e-12 here.
+    """
+    oracle = torchscale_decoder(
+        decoder_embed_dim=32,
+        decoder_value_embed_dim=48,
+        decoder_retention_heads=2,
+        decoder_ffn_embed_dim=40,
+        decoder_layers=2,
+        vocab_size=29,
+        layernorm_eps=1e-12,
+    )
+    torch.save({prefix + k: v for k, v in oracle.state_dict().items()}, tmp_path / "model.pth")
+    raw = open_checkpoint(tmp_path / "model.pth")
+    assert FAMILY.recognise(raw)
+    loaded = FAMILY.load(raw)
+    module = FAMILY.build(dataclasses.replace(loaded.config, eps=1e-12))
+    module.load_state_dict(loaded.tensors)
+    x = tokens(2, 40)
+    with torch.no_grad():
+        assert_same([module(x, *fresh(module, 2))[0]], [oracle(x)[0]], TOLERANCES["oracle_fp32"])
+
+
+@pytest.mark.oracle
+def test_torchscale_with_norms_behind_is_refused(
+    tmp_path: Path, torchscale_decoder: Callable[..., nn.Module]
+) -> None:
+    oracle = torchscale_decoder(
+        decoder_embed_dim=32, decoder_value_embed_dim=32, decoder_layers=1, vocab_size=9, deepnorm=True
+    )
+    torch.save(oracle.state_dict(), tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="expected tensors are missing"):
+        FAMILY.load(open_checkpoint(tmp_path / "model.pth"))
