@@ -31,8 +31,9 @@ $(VENV)/.export: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[export]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.export
+$(VENV)/.test: $(VENV)/.export tests/oracles.txt
 	$(BIN)/python -m pip install --quiet --editable '.[export,test]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/oracles.txt
 	@touch $@
 
 clean:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,16 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from exported import Exporter
 
     return Exporter(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where the oracles are required (CI), a comparison that was skipped has failed."""
+    report = yield
+    required = os.environ.get("XEXPORT_REQUIRE_ORACLES") == "1" and item.get_closest_marker("oracle")
+    if report.skipped and required:
+        report.outcome = "failed"
+        report.longrepr = f"an oracle is missing: {report.longrepr}"
+    return report
