@@ -92,7 +92,8 @@ def make_optimizers(
     Each parameter group keeps its peak learning rate under ``peak`` for the schedule. Vectors, tables and
     heads get no weight decay.
     """
-    hidden, other = [], []
+    hidden: list[nn.Parameter] = []
+    other: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         (hidden if _is_hidden(name, parameter) else other).append(parameter)
     groups: list[dict[str, Any]] = [{"params": other, "weight_decay": 0.0}]

@@ -22,7 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
@@ -230,7 +232,14 @@ def _loop(
             saved = run.seconds
             run.save(state_path, recipe)
             sample = corpus.validation[: _SAMPLE // 8]
-            say(f"validation {bits_of_windows(run.module, sample):.4f} bits per byte")
+            say(f"validation {_bits(run.module, sample):.4f} bits per byte")
+
+
+def _bits(module: nn.Module, text: NDArray[np.uint8]) -> float:
+    """Bits per byte over windows of 512 bytes, or of the model's maximum where that is less."""
+    limit = getattr(getattr(module, "config", None), "max_tokens", None) or 512
+    window = min(512, limit)
+    return bits_of_windows(module, text, window=window, overlap=window // 2)
 
 
 def _save_due(elapsed: float, every: float) -> bool:
@@ -277,7 +286,7 @@ def save_checkpoint(
     tensors = {k: v.detach().cpu() for k, v in module.state_dict().items()}
     tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in tensors.items()}
     module.load_state_dict(tensors)
-    bits = bits_of_windows(module, corpus.validation[:_SAMPLE])
+    bits = _bits(module, corpus.validation[:_SAMPLE])
     row = {
         **asdict(recipe),
         "steps": run.step,
