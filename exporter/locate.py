@@ -34,8 +34,11 @@ def locate(
     values, operators = _graph_values(graph, tokens, state)
     for path, reference in wanted:
         scale = max(float(np.sqrt(np.mean(np.square(reference, dtype=np.float64)))), 1e-6)
+        # its own nodes and its submodules': what a module returns is often what its last child made
         inside = [
-            v for name, v in values.items() if name.startswith(f"{path}/") and v.shape == reference.shape
+            v
+            for name, v in values.items()
+            if name.startswith((f"{path}/", f"{path}.")) and v.shape == reference.shape
         ]
         if not inside:
             continue

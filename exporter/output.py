@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -42,13 +42,18 @@ class Output:
 
     def commit(self) -> None:
         """Put the finished bundle in place, replacing an old one if there is one."""
+        old = self._work / "old"
         try:
             _sync(self.bundle)
             if self.final.exists():
-                self.final.rename(self._work / "old")
+                self.final.rename(old)
             self.bundle.rename(self.final)
-        except OSError as error:
-            raise disk_error(error, self.final) from error
+        except BaseException as error:
+            if old.exists() and not self.final.exists():
+                old.rename(self.final)
+            if isinstance(error, OSError):
+                raise disk_error(error, self.final) from error
+            raise
 
 
 @contextmanager
@@ -60,15 +65,16 @@ def output_folder(out: Path, *, force: bool) -> Iterator[Output]:
             written.
     """
     final = Path(os.path.abspath(out))  # noqa: PTH100 (resolve() would follow a link at the end)
-    _check(final, force)
-    work = _make_work(final)
-    try:
-        with _terminate_politely():
-            yield Output(final, work)
-    except OSError as error:
-        raise disk_error(error, final) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with _terminate_politely():
+        try:
+            _check(final, force)
+        except OSError as error:
+            raise disk_error(error, final) from error
+        with _work_folder(final) as work:
+            try:
+                yield Output(final, work)
+            except OSError as error:
+                raise disk_error(error, final) from error
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -100,13 +106,25 @@ def _check(final: Path, force: bool) -> None:
         )
 
 
-def _make_work(final: Path) -> Path:
+@contextmanager
+def _work_folder(final: Path) -> Iterator[Path]:
+    """A hidden folder beside ``final``; it goes at the end, and so do parents made for nothing."""
+    made = [p for p in (final.parent, *final.parent.parents) if not p.exists()]
+    work: Path | None = None
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(final)
-        return Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-{os.getpid()}-", dir=final.parent))
-    except OSError as error:
-        raise disk_error(error, final.parent) from error
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(final)
+            work = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-{os.getpid()}-", dir=final.parent))
+        except OSError as error:
+            raise disk_error(error, final.parent) from error
+        yield work
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds the bundle, or was never made
+                parent.rmdir()
 
 
 def _sweep(final: Path) -> None:
@@ -144,4 +162,4 @@ def _terminate_politely() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

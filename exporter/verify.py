@@ -15,12 +15,18 @@ import torch
 
 from xexport.core.errors import ChunkLawError, ParityError
 from xexport.core.state import StateSpec, zero_state
+from xexport.exporter.writer import DATA_NAME
 
 __all__ = ["CHECKED_SHAPES", "Checks", "chunk_error", "onnx_forward", "torch_forward", "verify"]
 
 #: one token, odd lengths, batches, and one length past every block size a body uses
 CHECKED_SHAPES = ((1, 1), (2, 1), (1, 3), (3, 5), (1, 67))
 _CUTS = ((1, 4, 2, 7, 3), (1,) * 17, (9, 8), (16, 1))
+#: a large model takes seconds a call: fewer of them, which still reach every branch of the bodies
+_LARGE = 1 << 30  # bytes of weights
+_LARGE_SHAPES = ((1, 1), (1, 3), (1, 17))
+_LARGE_CUTS = ((1, 9, 7),)
+_MAP_ABOVE = 1 << 26  # bytes of weights that ONNX Runtime may copy
 
 Array = np.ndarray[Any, Any]
 Forward = Callable[[Array, Sequence[Array]], tuple[Array, list[Array]]]
@@ -50,17 +56,23 @@ def verify(
     max_tokens: int | None = None,
     tolerance: float = 1e-4,
     chunk_tolerance: float = 1e-4,
-    shapes: Iterable[tuple[int, int]] = CHECKED_SHAPES,
+    shapes: Iterable[tuple[int, int]] | None = None,
 ) -> Checks:
     """Compare the graph with the module, and every cut of a sequence with the whole.
+
+    Args:
+        shapes: (B, T) to compare at; :data:`CHECKED_SHAPES`, or fewer of a model over 1 GB.
 
     Raises:
         ChunkLawError: the PyTorch module itself breaks the chunk law.
         ParityError: the graph disagrees with the module, or breaks the chunk law alone.
     """
     limit = max_tokens or 1 << 30
+    large = _weight_bytes(graph) > _LARGE
+    shapes = shapes or (_LARGE_SHAPES if large else CHECKED_SHAPES)
+    cuts = _LARGE_CUTS if large else _CUTS
     eager = torch_forward(module)
-    law_torch = chunk_error(eager, specs, vocab_size, limit)
+    law_torch = chunk_error(eager, specs, vocab_size, limit, cuts)
     if not law_torch.error <= chunk_tolerance:
         raise ChunkLawError(
             "the model breaks the chunk law: cutting a sequence changes the result",
@@ -84,7 +96,7 @@ def verify(
                 allowed=f"at most {tolerance:.0e} of the RMS",
                 fix="this is a fault of the exporter or of an operator's body: please report it",
             )
-    law_onnx = chunk_error(run, specs, vocab_size, limit)
+    law_onnx = chunk_error(run, specs, vocab_size, limit, cuts)
     if not law_onnx.error <= chunk_tolerance:
         raise ParityError(
             "the exported graph breaks the chunk law although the module keeps it",
@@ -114,7 +126,7 @@ def onnx_forward(graph: Path) -> Forward:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    if graph.parent.joinpath("model.onnx.data").stat().st_size > 1 << 30:
+    if _weight_bytes(graph) > _MAP_ABOVE:
         options.add_session_config_entry("session.disable_prepacking", "1")
     session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
@@ -126,6 +138,11 @@ def onnx_forward(graph: Path) -> Forward:
     return forward
 
 
+def _weight_bytes(graph: Path) -> int:
+    data = graph.with_name(DATA_NAME)  # a model of small tensors alone has none
+    return data.stat().st_size if data.is_file() else 0
+
+
 @dataclass(frozen=True)
 class _Worst:
     error: float
@@ -133,7 +150,13 @@ class _Worst:
     cut: str
 
 
-def chunk_error(forward: Forward, specs: Sequence[StateSpec], vocab_size: int, limit: int) -> _Worst:
+def chunk_error(
+    forward: Forward,
+    specs: Sequence[StateSpec],
+    vocab_size: int,
+    limit: int,
+    cuts: Sequence[tuple[int, ...]] = _CUTS,
+) -> _Worst:
     """The worst error of several cuts of one sequence against feeding it whole, from a used state."""
     rng = np.random.default_rng(7)
     length = min(17, limit // 2)
@@ -142,7 +165,7 @@ def chunk_error(forward: Forward, specs: Sequence[StateSpec], vocab_size: int, l
     _, start = forward(warm, zero_state(specs, 2))
     whole, final = forward(tokens, start)
     worst = _Worst(0.0, "", "")
-    for cut in _CUTS:
+    for cut in cuts:
         logits, state, at = [], start, 0
         for size in cut:
             if at + size > length:
