@@ -76,8 +76,9 @@ def _stored(exact: TensorDecision, result: Stored | Refusal, wanted: str) -> Ten
     if isinstance(result, Refusal):
         why = f"{wanted} is not possible: {result.reason}"
         return TensorDecision(exact.tensor, exact.role, exact.shape, exact.format, exact.bytes, why, 0.0)
+    why = result.reason or exact.reason
     return TensorDecision(
-        exact.tensor, exact.role, exact.shape, result.format, result.bytes, exact.reason, result.error
+        exact.tensor, exact.role, exact.shape, result.format, result.bytes, why, result.error
     )
 
 

@@ -34,11 +34,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a weight ended up: the exact format with its parameters, its bytes and its error."""
+    """How a weight ended up: the exact format with its parameters, its bytes and its error.
+
+    ``reason`` is given where it is not the scheme's own.
+    """
 
     format: str
     bytes: int
     error: float
+    reason: str | None = None
 
 
 @dataclass(frozen=True)

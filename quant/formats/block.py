@@ -3,7 +3,7 @@
 Activations are quantized by the kernel per row and block (accuracy_level 4), so a token's result
 does not depend on its neighbours: the chunk law survives, which it does not when one scale covers
 a whole chunk (DynamicQuantizeMatMul), and nothing saturates on CPUs without VNNI. Measured in
-benchmarks/int8_formats.py.
+benchmarks/int8_formats.py. Matrices too small to gain take the other way (stored.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import onnx_ir as ir
 from xexport.exporter.weights import as_array
 from xexport.quant.blocks import block_size_for, quantize_blocks, relative_error
 from xexport.quant.formats import Context, Refusal, Stored
+from xexport.quant.formats.stored import FASTER_ABOVE, store
 
 __all__ = ["apply_int4", "apply_int8"]
 
@@ -40,6 +41,10 @@ def _apply(context: Context, value: ir.Value, bits: int) -> Stored | Refusal:
     columns, depth = matrix.shape  # [N, K]: one row an output, as MatMulNBits stores it
     if depth < _MIN_DEPTH:
         return Refusal(f"its depth of {depth} is shorter than the smallest block ({_MIN_DEPTH})")
+    if matrix.size < FASTER_ABOVE:
+        stored = store(context, value, products, matrix, bits)
+        _drop_unused(context, value)
+        return stored
     size = block_size_for(depth, bits)
     blocks = quantize_blocks(matrix, bits, size)
     codes = blocks.codes
