@@ -8,8 +8,8 @@ it); ``windows`` gives the training form overlapping windows and counts only the
 ``overlap`` bytes before it. The first byte of a stream has no context and is counted at 8 bits.
 
 ``--write`` puts the figures of the shipped checkpoints into ``zoo/results.json``: on the first 4096
-bytes and the whole of the built-in held-out text, and on a longer text (``--book``), which is cut into
-eight streams that run together.
+bytes and the whole of the built-in held-out text, each one stream, and on a longer text (``--book``),
+which is cut into 32 streams that run together.
 """
 
 from __future__ import annotations
@@ -155,11 +155,12 @@ def score_checkpoint(name: str, path: Path, book: NDArray[np.uint8] | None = Non
         "core_minutes": recipe["core_minutes"],
         "validation": recipe["validation_bits_per_byte"],
     }
+    chunk = limit or 512
     with native_recurrences():
-        row["head"] = round(bits_of_stream(module, text[:HEAD], limit=limit), 4)
-        row["slice"] = round(bits_of_stream(module, text, limit=limit), 4)
+        row["head"] = round(bits_of_stream(module, text[:HEAD], chunk=chunk, limit=limit), 4)
+        row["slice"] = round(bits_of_stream(module, text, chunk=chunk, limit=limit), 4)
         if book is not None:
-            row["book"] = round(bits_of_stream(module, book, rows=8, limit=limit), 4)
+            row["book"] = round(bits_of_stream(module, book, chunk=chunk, rows=32, limit=limit), 4)
     return row
 
 
