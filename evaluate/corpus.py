@@ -59,16 +59,21 @@ def read_corpus(
     # cut at a byte, then drop the broken character at the end, if any
     text = data[:count].decode("utf-8", errors="ignore")
     has_text = tokenizer.vocab_size is not None
-    ids = np.asarray(tokenizer.encode(text) if has_text else parse_ids(text), dtype=np.int64)
-    if ids.size < 2:
-        raise InputError("the evaluation text is too short", got=f"{name}: {ids.size} tokens", allowed="2")
-    if int(ids.max()) >= vocab_size:
+    if not has_text and len(data) > count:
+        text = text.rpartition(" ")[0]  # the last number may be cut
+    rows = tokenizer.encode(text) if has_text else parse_ids(text)
+    if len(rows) < 2:
+        raise InputError(
+            "the evaluation text is too short", got=f"{name}: {len(rows)} tokens", allowed="2 or more"
+        )
+    if max(rows) >= vocab_size:
         raise InputError(
             "the evaluation text holds ids the model does not have",
-            got=f"{name}: id {int(ids.max())}",
+            got=f"{name}: id {max(rows)}",
             allowed=f"0..{vocab_size - 1}",
             fix="this model reads another alphabet: give it a text of its own with --eval-text",
         )
+    ids = np.asarray(rows, dtype=np.int64)
     return Corpus(name, hashlib.sha256(data).hexdigest(), ids, len(text.encode()) if has_text else len(ids))
 
 
