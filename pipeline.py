@@ -130,6 +130,8 @@ def _export_into(
 
     scheme = get_scheme(target.precision)
     exact = target.precision == "fp32"
+    known: int | None = getattr(source.skeleton, "vocab_size", None)
+    corpus = _corpus(source, known, eval_text) if known else None  # a bad text is refused before the work
     require_space(output.final.parent, int(4 * source.parameters * (1 if exact else 2) * _OFFSET_BYTES))
     graph = build_graph(
         source.skeleton,
@@ -143,7 +145,7 @@ def _export_into(
     written = write_graph(graph, fp32, target.bodies, target.why, progress)
 
     progress.stage("verify against PyTorch")
-    module = source.eager()
+    module = source.eager(lean=True)
     vocab = _vocab_size(graph)
     checks = verify(module, source.specs, fp32 / "model.onnx", vocab_size=vocab, max_tokens=source.max_tokens)
     info = _info(source, vocab)
@@ -163,7 +165,7 @@ def _export_into(
     if not exact:
         written = write_graph(graph, output.bundle, target.bodies, target.why, progress)
     torch_stream = TorchStream(cast("ChunkModule", module))
-    corpus = _corpus(source, vocab, eval_text)
+    corpus = corpus or _corpus(source, vocab, eval_text)
     write_reference(output.bundle / REFERENCE_NAME, torch_stream, corpus.tokens)
     facts["extra_files"] = [file_entry(output.bundle / REFERENCE_NAME)]
     manifest = _describe(graph, written, info, target, source, decisions, facts)

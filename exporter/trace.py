@@ -26,6 +26,12 @@ LOGITS = "logits"
 _MAX_OPSET, _MAX_IR = 25, 10
 #: the example: sizes that differ from one another and from 1, so that nothing is specialised away
 _BATCH, _LENGTH = 2, 3
+#: composite operators that torch.onnx translates although torch lists no decomposition of them
+_COMPOSITES = {
+    torch.ops.aten.unflatten.int,
+    torch.ops.aten.flatten.using_ints,
+    torch.ops.aten.chunk.default,
+}
 
 
 def output_name(state_name: str) -> str:
@@ -51,18 +57,18 @@ def trace(module: torch.nn.Module, specs: Sequence[StateSpec], *, opset: int) ->
         tokens = torch.zeros(_BATCH, _LENGTH, dtype=torch.long)
         state = tuple(torch.zeros(state_shape(s, _BATCH), dtype=getattr(torch, s.dtype)) for s in specs)
     batch: list[dict[int, Any]] = [{i: "B" for i, d in enumerate(s.shape) if d == "B"} for s in specs]
+    dynamic = ({0: "B", 1: "T"}, tuple(batch))
     names = [s.name for s in specs]
     was_training = module.training
     module.eval()
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                _Positional(module),
-                (tokens, *state),
+                _capture(_Positional(module), (tokens, *state), dynamic),
                 dynamo=True,
                 custom_translation_table=translation_table(),
                 opset_version=opset,
-                dynamic_shapes=({0: "B", 1: "T"}, tuple(batch)),
+                dynamic_shapes=dynamic,
                 input_names=[TOKENS, *names],
                 output_names=[LOGITS, *map(output_name, names)],
                 optimize=False,
@@ -98,6 +104,49 @@ class _Positional(torch.nn.Module):
     def forward(self, tokens: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = self.module(tokens, *state)
         return tuple(out)
+
+
+def _capture(
+    module: torch.nn.Module, example: tuple[torch.Tensor, ...], dynamic: tuple[Any, ...]
+) -> torch.export.ExportedProgram:
+    """torch.export, with the program's decomposition skipped where it would change nothing.
+
+    torch.onnx always decomposes, which traces the whole model a second time (half of an export of 24
+    layers) even if every operator in it has an ONNX translation of its own.
+    """
+    shapes = torch.utils._pytree.tree_map(lambda _: torch.export.Dim.DYNAMIC, dynamic)
+    # as torch.onnx does, so that sizes of 0 and 1 are nothing special
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+    decompose = program.run_decompositions
+
+    def run_decompositions(table: dict[Any, Any] | None = None, **options: Any) -> Any:
+        if table is not None and not _needs_decomposition(program, table):
+            return program
+        return decompose(table, **options)
+
+    program.run_decompositions = run_decompositions
+    return program
+
+
+def _needs_decomposition(program: torch.export.ExportedProgram, table: dict[Any, Any]) -> bool:
+    """Whether an operator of the program has to be rewritten before torch.onnx can translate it.
+
+    ``table`` holds the decompositions of every operator that torch.onnx does not translate itself.
+    """
+    known = {*torch.export.default_decompositions(), *torch._decomp.decomposition_table}
+    for node in program.graph.nodes:
+        op = node.target
+        if node.op == "get_attr" or isinstance(op, torch._ops.HigherOrderOperator):
+            return True  # a subgraph, or a constant that decomposition lifts
+        if not isinstance(op, torch._ops.OpOverload):
+            continue
+        name: str = op.name()  # type: ignore[no-untyped-call]
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+        unknown = composite and op not in known and op not in _COMPOSITES
+        if op in table or unknown or op._schema.is_mutable:
+            return True
+    return False
 
 
 def _check_signature(model: ir.Model, specs: Sequence[StateSpec]) -> None:

@@ -23,7 +23,7 @@ __all__ = ["CHECKED_SHAPES", "Checks", "chunk_error", "onnx_forward", "torch_for
 CHECKED_SHAPES = ((1, 1), (2, 1), (1, 3), (3, 5), (1, 67))
 _CUTS = ((1, 4, 2, 7, 3), (1,) * 17, (9, 8), (16, 1))
 #: a large model takes seconds a call: fewer of them, which still reach every branch of the bodies
-_LARGE = 1 << 30  # bytes of weights
+_LARGE = 1 << 28  # bytes of weights
 _LARGE_SHAPES = ((1, 1), (1, 3), (1, 17))
 _LARGE_CUTS = ((1, 9, 7),)
 _MAP_ABOVE = 1 << 26  # bytes of weights that ONNX Runtime may copy
@@ -61,7 +61,7 @@ def verify(
     """Compare the graph with the module, and every cut of a sequence with the whole.
 
     Args:
-        shapes: (B, T) to compare at; :data:`CHECKED_SHAPES`, or fewer of a model over 1 GB.
+        shapes: (B, T) to compare at; :data:`CHECKED_SHAPES`, or fewer of a model over 256 MB.
 
     Raises:
         ChunkLawError: the PyTorch module itself breaks the chunk law.

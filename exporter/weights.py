@@ -6,7 +6,8 @@ memory-mapped checkpoint, converted and transposed only when the bundle is writt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from xexport.core.errors import CheckpointError
 
-__all__ = ["as_array", "bind", "check_tensors", "derive", "is_weight", "lazy"]
+__all__ = ["CheckpointTensor", "as_array", "bind", "check_tensors", "is_weight"]
 
 _FLOATS = {
     ir.DataType.FLOAT: torch.float32,
@@ -55,7 +56,8 @@ def _check_finite(name: str, tensor: torch.Tensor, source: str, rows: int = 1 <<
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), rows):
         part = flat[start : start + rows]
-        if not bool(torch.isfinite(part).all()):
+        # the extremes of values with a NaN are NaN: one pass, nothing allocated
+        if not all(map(math.isfinite, torch.stack(torch.aminmax(part)).tolist())):
             bad = int((~torch.isfinite(part)).sum())
             raise CheckpointError(
                 f"tensor {name!r} holds NaN or infinite values",
@@ -73,7 +75,8 @@ def bind(model: ir.Model, tensors: Mapping[str, torch.Tensor]) -> int:
     count = 0
     for name, value in model.graph.initializers.items():
         if name in tensors:
-            value.const_value = lazy(name, tensors[name], value)
+            assert value.dtype is not None
+            value.const_value = CheckpointTensor(tensors[name], value.dtype, name)
             count += 1
         elif _is_meta(value.const_value):
             raise CheckpointError(
@@ -83,33 +86,39 @@ def bind(model: ir.Model, tensors: Mapping[str, torch.Tensor]) -> int:
     return count
 
 
-def lazy(name: str, tensor: torch.Tensor, value: ir.Value) -> ir.LazyTensor:
-    """A lazy initializer of the value's dtype, read from ``tensor`` when it is written."""
-    dtype = value.dtype
-    assert dtype is not None
+class CheckpointTensor(ir.LazyTensor):
+    """An initializer that is a view of a checkpoint tensor, converted only while it is read.
 
-    def read() -> ir.Tensor[Any]:
-        source = tensor.detach()
-        if dtype in _FLOATS:
-            source = source.to(_FLOATS[dtype])
-        return ir.Tensor(np.ascontiguousarray(source.numpy()), name=name)
+    Args:
+        source: the stored tensor or a view of it (memory-mapped as a rule), of any float dtype.
+        dtype: what the graph wants.
+        name: of the initializer.
+    """
 
-    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(tensor.shape), name=name)
+    def __init__(self, source: torch.Tensor, dtype: ir.DataType, name: str) -> None:
+        super().__init__(self._whole, dtype=dtype, shape=ir.Shape(source.shape), name=name)
+        self._source = source.detach()
 
+    def transposed(self) -> CheckpointTensor:
+        """The same matrix with rows and columns exchanged."""
+        return CheckpointTensor(self._source.t(), self.dtype, self.name or "")
 
-def derive(
-    source: ir.TensorProtocol,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: ir.DataType,
-    compute: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
-) -> ir.LazyTensor:
-    """A lazy initializer computed from another one when it is written."""
+    def blocks(self, limit: int) -> Iterator[np.ndarray[Any, Any]]:
+        """The tensor's rows in order, as contiguous arrays of at most about ``limit`` bytes."""
+        source = self._source
+        if source.dim() == 0:
+            yield self._converted(source.reshape(1))
+            return
+        rows = max(1, limit * len(source) // max(1, self.nbytes))
+        for start in range(0, len(source), rows):
+            yield self._converted(source[start : start + rows])
 
-    def read() -> ir.Tensor[Any]:
-        return ir.Tensor(np.ascontiguousarray(compute(source.numpy())), dtype=dtype, name=name)
+    def _converted(self, part: torch.Tensor) -> np.ndarray[Any, Any]:
+        wanted = _FLOATS.get(self.dtype, part.dtype)
+        return part.to(wanted).contiguous().numpy()
 
-    return ir.LazyTensor(read, dtype=dtype, shape=ir.Shape(shape), name=name)
+    def _whole(self) -> ir.Tensor[Any]:
+        return ir.Tensor(self._converted(self._source), name=self.name)
 
 
 def is_weight(value: ir.Value | None) -> bool:

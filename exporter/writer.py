@@ -1,4 +1,4 @@
-"""Writing a graph and its weights: one tensor in memory at a time, hashed on the way to the disk."""
+"""Writing a graph and its weights: a few megabytes in memory at a time, hashed on the way to the disk."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import onnx_ir as ir
 from xexport.core.errors import OutputError
 from xexport.core.manifest import FileEntry
 from xexport.core.progress import Progress, Silent
+from xexport.exporter.weights import CheckpointTensor
 
 __all__ = ["DATA_NAME", "GRAPH_NAME", "file_entry", "write_model"]
 
@@ -98,6 +99,10 @@ def _write_data(values: list[ir.Value], folder: Path, progress: Progress) -> Fil
 
 
 def _blocks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
+    if isinstance(tensor, CheckpointTensor):
+        for part in tensor.blocks(_BLOCK):
+            yield part.reshape(-1).view(np.uint8).data
+        return
     array: np.ndarray[Any, Any] = np.ascontiguousarray(tensor.numpy())
     if tensor.dtype.bitwidth < 8:
         yield memoryview(tensor.tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from xexport.core.errors import CheckpointError, InputError, unknown_name
 from xexport.core.family import Family, LoadedModel
 from xexport.core.registry import find_family
 from xexport.core.state import StateSpec
+from xexport.models._stored import assign_stored
 
 __all__ = ["Source", "from_module", "resolve"]
 
@@ -52,14 +54,23 @@ class Source:
     def parameters(self) -> int:
         return sum(t.numel() for t in self.tensors.values())
 
-    def eager(self) -> torch.nn.Module:
-        """The module with its weights in float32, for the PyTorch side of every comparison."""
-        if not any(p.is_meta for p in self.skeleton.state_dict().values()):
-            return self.skeleton.eval()
+    def eager(self, *, lean: bool = False) -> torch.nn.Module:
+        """The module with its weights, for the PyTorch side of every comparison. It computes in float32.
+
+        Args:
+            lean: leave large weights in the checkpoint's file and dtype and widen each one where it
+                is used: the same results from next to no memory, but slower, so not for timing.
+        """
         wanted = self.skeleton.state_dict()
-        state = {k: self.tensors[k].detach().to(wanted[k].dtype) for k in wanted}
-        self.skeleton.load_state_dict(state, assign=True)
-        return self.skeleton.eval().requires_grad_(False)
+        if not any(p.is_meta for p in wanted.values()):
+            return self.skeleton.eval()
+        module = copy.deepcopy(self.skeleton)
+        if lean:
+            assign_stored(module, self.tensors)
+        else:
+            state = {k: self.tensors[k].detach().to(wanted[k].dtype) for k in wanted}
+            module.load_state_dict(state, assign=True)
+        return module.eval().requires_grad_(False)
 
 
 def resolve(

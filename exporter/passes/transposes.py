@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from xexport.exporter.weights import derive
+from xexport.exporter.weights import CheckpointTensor
 
 __all__ = ["run"]
 
@@ -17,9 +17,9 @@ def run(model: ir.Model) -> int:
     count = 0
     for value in list(model.graph.initializers.values()):
         users = [node for node, _ in value.uses()]
-        if not users or value.shape is None or len(value.shape) != 2 or value.is_graph_output():
+        if not isinstance(value.const_value, CheckpointTensor) or len(value.const_value.shape) != 2:
             continue
-        if all(_is_swap(node) for node in users):
+        if users and not value.is_graph_output() and all(_is_swap(node) for node in users):
             _fold(model, value, users)
             count += 1
     return count
@@ -33,14 +33,9 @@ def _is_swap(node: ir.Node) -> bool:
 
 
 def _fold(model: ir.Model, value: ir.Value, users: list[ir.Node]) -> None:
-    assert value.name
-    assert value.const_value is not None
-    assert value.dtype is not None
-    rows, columns = value.const_value.shape.numpy()
-    value.const_value = derive(
-        value.const_value, value.name, (columns, rows), value.dtype, lambda array: array.T
-    )
-    value.shape = ir.Shape((columns, rows))
+    assert isinstance(value.const_value, CheckpointTensor)
+    value.const_value = value.const_value.transposed()
+    value.shape = ir.Shape(value.const_value.shape)
     for node in users:
         node.outputs[0].replace_all_uses_with(value)
         model.graph.remove(node, safe=True)
