@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit native clean
 
 demo: $(VENV)/.export
 	$(BIN)/xexport rwkv --target cpu-int8 --out rwkv-cpu-int8 --force
@@ -35,6 +35,12 @@ $(VENV)/.test: $(VENV)/.export tests/oracles.txt
 	$(BIN)/python -m pip install --quiet --editable '.[export,test]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/oracles.txt
 	@touch $@
+
+# The kernel library into ops/, for a checkout that is used without being installed.
+native:
+	cmake -S . -B build/native
+	cmake --build build/native
+	cmake --install build/native --prefix .
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,11 +1,14 @@
 """Finding the library of native kernels that replaces the function bodies of ``xexport`` operators.
 
 A graph runs without it: every operator carries its own body in standard ops. With it, ONNX Runtime
-prefers the kernels, and the file stays the same.
+prefers the kernels, and the file stays the same. The library is compiled when xexport is installed (in a
+checkout also by ``make native``), and picks its instruction set when a session is made; ``XEXPORT_ISA``
+asks for another one (``baseline``, ``avx2``, ``avx512``).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from dataclasses import dataclass
@@ -24,10 +27,13 @@ class NativeKernels:
     Attributes:
         path: the shared library, or None.
         reason: one sentence for ``xexport doctor`` and the report.
+        isa: the instruction set that sessions get; empty without a library, or if ``XEXPORT_ISA`` asks
+            for one that this machine lacks (a session then fails and says so).
     """
 
     path: Path | None
     reason: str
+    isa: str = ""
 
     @property
     def available(self) -> bool:
@@ -47,19 +53,25 @@ def find_native() -> NativeKernels:
     """
     if os.environ.get("XEXPORT_NATIVE") == "0":
         return NativeKernels(None, "no native kernels: turned off by XEXPORT_NATIVE=0")
-    library = files("xexport.ops") / library_name()
-    if isinstance(library, Path) and library.is_file():
-        return NativeKernels(library.resolve(), f"native kernels from {library.name}")
-    if not _has_sources():
+    library = files("xexport.ops").joinpath(library_name())
+    if not (isinstance(library, Path) and library.is_file()):
         return NativeKernels(
-            None, "no native kernels: this version ships none yet; operators run as standard ONNX ops"
+            None, f"no native kernels: {library_name()} was not built (no C++ compiler at install time?)"
         )
+    return _described(library.resolve())
+
+
+def _described(path: Path) -> NativeKernels:
+    """Ask the library about itself; one that can't be loaded is as good as none."""
+    try:
+        library = ctypes.CDLL(str(path))
+        library.xexport_native_isa.restype = ctypes.c_char_p
+        isa = (library.xexport_native_isa() or b"").decode()
+        oldest = int(library.xexport_native_oldest_minor())
+    except (OSError, AttributeError) as error:
+        return NativeKernels(None, f"no native kernels: {path.name} can't be loaded: {error}")
+    asked = os.environ.get("XEXPORT_ISA")
+    kind = isa or f"XEXPORT_ISA={asked}, which this machine lacks"
     return NativeKernels(
-        None, f"no native kernels: {library_name()} was not built (no C++ compiler at install time?)"
+        path, f"native kernels from {path.name}: {kind}; onnxruntime 1.{oldest} or newer", isa
     )
-
-
-def _has_sources() -> bool:
-    """Whether this installation carries kernel sources, so that a build could have been expected."""
-    folders = (p for p in files("xexport.ops").iterdir() if p.is_dir())
-    return any((folder / "kernel.cc").is_file() for folder in folders)

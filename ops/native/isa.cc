@@ -1,0 +1,45 @@
+#include "isa.h"
+
+#include <stdexcept>
+
+namespace xexport {
+namespace {
+
+constexpr Isa kAll[] = {Isa::baseline, Isa::avx2, Isa::avx512};
+
+bool available(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx512) {
+    return available(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == Isa::baseline;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+}
+
+Isa best_isa() {
+  Isa best = Isa::baseline;
+  for (Isa isa : kAll) {
+    if (available(isa)) best = isa;
+  }
+  return best;
+}
+
+Isa parse_isa(const std::string& name) {
+  std::string known;
+  for (Isa isa : kAll) {
+    if (!available(isa)) continue;
+    if (name == isa_name(isa)) return isa;
+    known += std::string(known.empty() ? "" : ", ") + isa_name(isa);
+  }
+  throw std::invalid_argument("no instruction set '" + name + "' on this machine; it has " + known);
+}
+
+}  // namespace xexport

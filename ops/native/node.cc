@@ -1,0 +1,130 @@
+#include "node.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace xexport {
+namespace {
+
+const char* element_name(ort::Element type) {
+  static const char* const kNames[] = {"undefined", "float32", "uint8",   "int8",  "uint16",  "int16",
+                                       "int32",     "int64",   "string",  "bool",  "float16", "float64",
+                                       "uint32",    "uint64",  "complex64", "complex128", "bfloat16"};
+  const auto index = static_cast<size_t>(type);
+  return index < sizeof(kNames) / sizeof(*kNames) ? kNames[index] : "another type";
+}
+
+std::string shape_text(const int64_t* dims, size_t rank) {
+  std::string text = "[";
+  for (size_t i = 0; i < rank; ++i) {
+    text += (i > 0 ? "," : "") + (dims[i] < 0 ? std::string("any") : std::to_string(dims[i]));
+  }
+  return text + "]";
+}
+
+void read_shape(const ort::Value* value, Tensor& tensor) {
+  if (has_shape_slot()) {
+    const int64_t* dims = nullptr;
+    check(ort::kTensorShape(api(), value, &tensor.type, &dims, &tensor.rank));
+    for (size_t i = 0; i < tensor.rank && i < Tensor::kMaxRank; ++i) tensor.dim[i] = dims[i];
+    return;
+  }
+  ort::TensorInfo* info = nullptr;
+  check(ort::kTensorInfo(api(), value, &info));
+  const auto release = [](ort::TensorInfo* p) { ort::kReleaseTensorInfo(api(), p); };
+  std::unique_ptr<ort::TensorInfo, decltype(release)> owner(info, release);
+  check(ort::kInfoElement(api(), info, &tensor.type));
+  check(ort::kInfoRank(api(), info, &tensor.rank));
+  if (tensor.rank <= Tensor::kMaxRank) check(ort::kInfoDimensions(api(), info, tensor.dim, tensor.rank));
+}
+
+}  // namespace
+
+std::string Tensor::describe() const {
+  if (rank > kMaxRank) return std::string(element_name(type)) + " of rank " + std::to_string(rank);
+  return std::string(element_name(type)) + " " + shape_text(dim, rank);
+}
+
+Node::Node(const char* op, const ort::KernelInfo* info) : info_(info) {
+  size_t size = 0;
+  check(ort::kNodeName(api(), info, nullptr, &size));
+  std::string name(size, '\0');
+  check(ort::kNodeName(api(), info, name.data(), &size));
+  where_ = "xexport " + std::string(op) + " node '" + name.c_str() + "': ";
+}
+
+int64_t Node::integer(const char* attribute) const {
+  int64_t value = 0;
+  if (ort::Status* status = ort::kAttributeInt(api(), info_, attribute, &value)) {
+    ort::kReleaseStatus(api(), status);
+    fail("the attribute " + std::string(attribute) + " is missing");
+  }
+  return value;
+}
+
+bool Node::is_constant(size_t input) const {
+  int constant = 0;
+  const ort::Value* value = nullptr;
+  check(ort::kConstantInput(api(), info_, input, &constant, &value));
+  return constant != 0 && value != nullptr;
+}
+
+void Node::fail(const std::string& what) const { throw std::runtime_error(where_ + what); }
+
+void Node::expect(const Tensor& tensor, ort::Element type, std::initializer_list<int64_t> shape) const {
+  bool same = tensor.type == type && tensor.rank == shape.size();
+  const int64_t* wanted = shape.begin();
+  for (size_t i = 0; same && i < shape.size(); ++i) same = wanted[i] < 0 || wanted[i] == tensor.dim[i];
+  if (same) return;
+  fail(std::string(tensor.name) + " must be " + element_name(type) + " " +
+       shape_text(wanted, shape.size()) + ", got " + tensor.describe());
+}
+
+Tensor Call::input(size_t index, const char* name) const {
+  const ort::Value* value = nullptr;
+  check(ort::kInput(api(), context_, index, &value));
+  Tensor tensor;
+  tensor.name = name;
+  if (value == nullptr) return tensor;  // of undefined type: expect() refuses it
+  read_shape(value, tensor);
+  check(ort::kTensorData(api(), const_cast<ort::Value*>(value), &tensor.data));
+  return tensor;
+}
+
+Tensor Call::output(size_t index, const int64_t* dims, size_t rank) const {
+  ort::Value* value = nullptr;
+  check(ort::kOutput(api(), context_, index, dims, rank, &value));
+  if (value == nullptr) throw std::runtime_error("xexport kernel: the runtime gave no output buffer");
+  Tensor tensor;
+  check(ort::kTensorData(api(), value, &tensor.data));
+  return tensor;
+}
+
+void infer_like(ort::ShapeContext* context, size_t from, size_t to, size_t rank) {
+  ort::TensorInfo* info = nullptr;
+  check(ort::kInferInput(api(), context, from, &info));
+  size_t known = 0;
+  check(ort::kInfoRank(api(), info, &known));
+  // an input of unknown rank looks like a scalar
+  if (known == rank) check(ort::kInferOutput(api(), context, to, info));
+}
+
+float* scratch(size_t floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local size_t capacity = 0;
+  if (floats > capacity) {
+    const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+    memory.reset();
+    capacity = 0;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    if (!memory) throw std::bad_alloc();
+    capacity = floats;
+  }
+  return memory.get();
+}
+
+}  // namespace xexport

@@ -1,0 +1,104 @@
+// What a kernel sees of its node and of one call: tensors, checked, and the runtime's thread pool.
+#pragma once
+
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "ort_abi.h"
+
+namespace xexport {
+
+// The function table of the runtime that registered the library.
+const ort::Api* api();
+// Whether `api()` has kTensorShape.
+bool has_shape_slot();
+
+// An error that ONNX Runtime itself reported.
+struct StatusError {
+  ort::Status* status;
+};
+inline void check(ort::Status* status) {
+  if (status != nullptr) throw StatusError{status};
+}
+
+// A tensor of the caller: shape, and a pointer to memory that the runtime owns.
+struct Tensor {
+  static constexpr size_t kMaxRank = 8;
+  const char* name = "";
+  ort::Element type = ort::Element::undefined;
+  size_t rank = 0;
+  int64_t dim[kMaxRank] = {};
+  void* data = nullptr;
+
+  float* floats() const { return static_cast<float*>(data); }
+  std::string describe() const;  // "float32 [1,2,3]"
+};
+
+// A node of the graph, as it is known when its kernel is made.
+class Node {
+ public:
+  Node(const char* op, const ort::KernelInfo* info);
+
+  // An attribute; its absence is an error, as the exporter writes all of them.
+  int64_t integer(const char* attribute) const;
+  // Whether the input is an initializer that no caller can replace.
+  bool is_constant(size_t input) const;
+  // Throws an error that names the node.
+  [[noreturn]] void fail(const std::string& what) const;
+  // Fails unless the tensor is of this type and shape; a negative dimension stands for any.
+  void expect(const Tensor& tensor, ort::Element type, std::initializer_list<int64_t> shape) const;
+
+ private:
+  std::string where_;
+  const ort::KernelInfo* info_;  // valid in the constructor of a kernel only
+};
+
+// One run of a kernel.
+class Call {
+ public:
+  explicit Call(ort::KernelContext* context) : context_(context) {}
+
+  Tensor input(size_t index, const char* name) const;
+  Tensor output(size_t index, const int64_t* dims, size_t rank) const;
+
+  // Runs job(0) .. job(count - 1), on the session's threads if the work is worth waking them.
+  // `work` is an estimate in elementary operations.
+  template <class Body>
+  void parallel(int64_t count, double work, Body&& job) const {
+    if (count <= 1 || work < kWorthwhile) {
+      for (int64_t i = 0; i < count; ++i) job(i);
+      return;
+    }
+    struct Shared {
+      std::remove_reference_t<Body>* job;
+      bool failed;
+    } shared{&job, false};
+    // No exception may cross the runtime's frames. The only one a job can raise is for lack of memory;
+    // every writer of the flag writes the same value.
+    auto run = [](void* user, size_t index) {
+      auto* s = static_cast<Shared*>(user);
+      try {
+        (*s->job)(static_cast<int64_t>(index));
+      } catch (...) {
+        __atomic_store_n(&s->failed, true, __ATOMIC_RELAXED);
+      }
+    };
+    check(ort::kParallelFor(api(), context_, run, static_cast<size_t>(count), 0, &shared));
+    if (shared.failed) throw std::runtime_error("not enough memory");
+  }
+
+ private:
+  static constexpr double kWorthwhile = 200e3;  // some 20 us; waking a thread costs about 5 us
+  ort::KernelContext* context_;
+};
+
+// Shape inference: output `to` is shaped as input `from`, if that is known to be of this rank.
+void infer_like(ort::ShapeContext* context, size_t from, size_t to, size_t rank);
+
+// Memory of this thread for intermediate results, aligned to a cache line; it grows and is reused, so it is
+// valid until the next call on the same thread only.
+float* scratch(size_t floats);
+
+}  // namespace xexport

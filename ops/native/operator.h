@@ -1,0 +1,101 @@
+// An ONNX Runtime operator made of a kernel class, and its registration.
+//
+// A kernel class has
+//   static constexpr const char* kName;                   the operator's name in the domain `xexport`
+//   static constexpr ort::Element kInputs[], kOutputs[];  types, all inputs and outputs being required
+//   static constexpr int kInPlace[2];                     {input, output} that may share memory, or {-1, -1}
+//   static void infer(ort::ShapeContext*);                shapes of the outputs
+//   Kernel(const Node&, Isa);                             reads attributes
+//   void compute(const Call&) const;                      thread-safe
+// and its file ends with `static const Registered<Kernel> registered;`.
+#pragma once
+
+#include <vector>
+
+#include "isa.h"
+#include "node.h"
+
+namespace xexport {
+
+using MakeOperator = ort::CustomOp* (*)(Isa);
+
+// Every operator of the library; filled while it is loaded.
+std::vector<MakeOperator>& operators();
+
+// Runs `body`, turning any exception into a status: none crosses the C boundary.
+template <class Body>
+ort::Status* guarded(Body&& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const StatusError& error) {
+    return error.status;
+  } catch (const std::exception& error) {
+    return ort::kCreateStatus(api(), ort::kRuntimeException, error.what());
+  } catch (...) {
+    return ort::kCreateStatus(api(), ort::kRuntimeException, "xexport kernel: unknown exception");
+  }
+}
+
+template <class Kernel>
+struct Operator : ort::CustomOp {
+  Isa isa;
+
+  explicit Operator(Isa which) : ort::CustomOp{}, isa(which) {
+    using namespace ort;
+    version = kApiVersion;
+    GetName = [](const CustomOp*) { return Kernel::kName; };
+    GetExecutionProviderType = [](const CustomOp*) -> const char* { return nullptr; };
+    GetInputType = [](const CustomOp*, size_t i) { return Kernel::kInputs[i]; };
+    GetInputTypeCount = [](const CustomOp*) { return std::size(Kernel::kInputs); };
+    GetOutputType = [](const CustomOp*, size_t i) { return Kernel::kOutputs[i]; };
+    GetOutputTypeCount = [](const CustomOp*) { return std::size(Kernel::kOutputs); };
+    GetInputCharacteristic = [](const CustomOp*, size_t) { return Arity::required; };
+    GetOutputCharacteristic = [](const CustomOp*, size_t) { return Arity::required; };
+    GetInputMemoryType = [](const CustomOp*, size_t) { return Memory::standard; };
+    GetVariadicInputMinArity = [](const CustomOp*) { return 1; };
+    GetVariadicInputHomogeneity = [](const CustomOp*) { return 1; };
+    GetVariadicOutputMinArity = [](const CustomOp*) { return 1; };
+    GetVariadicOutputHomogeneity = [](const CustomOp*) { return 1; };
+    CreateKernelV2 = [](const CustomOp* op, const Api*, const KernelInfo* info, void** out) {
+      return guarded([&] { *out = new Kernel(Node(Kernel::kName, info), static_cast<const Operator*>(op)->isa); });
+    };
+    KernelComputeV2 = [](void* kernel, KernelContext* context) {
+      return guarded([&] { static_cast<const Kernel*>(kernel)->compute(Call(context)); });
+    };
+    KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    InferOutputShapeFn = [](const CustomOp*, ShapeContext* context) {
+      return guarded([&] { Kernel::infer(context); });
+    };
+    GetStartVersion = [](const CustomOp*) { return 1; };
+    GetEndVersion = [](const CustomOp*) { return INT32_MAX; };
+    GetMayInplace = [](int** inputs, int** outputs) -> size_t {
+      *inputs = *outputs = nullptr;
+      if (Kernel::kInPlace[0] < 0) return 0;
+      *inputs = new int[1]{Kernel::kInPlace[0]};
+      *outputs = new int[1]{Kernel::kInPlace[1]};
+      return 1;
+    };
+    ReleaseMayInplace = release;
+    GetAliasMap = [](int** inputs, int** outputs) -> size_t {
+      *inputs = *outputs = nullptr;
+      return 0;
+    };
+    ReleaseAliasMap = release;
+  }
+
+ private:
+  static void release(int* inputs, int* outputs) {
+    delete[] inputs;
+    delete[] outputs;
+  }
+};
+
+template <class Kernel>
+struct Registered {
+  Registered() {
+    operators().push_back([](Isa isa) -> ort::CustomOp* { return new Operator<Kernel>(isa); });
+  }
+};
+
+}  // namespace xexport

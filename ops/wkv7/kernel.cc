@@ -1,0 +1,61 @@
+// xexport::wkv7: (r, w, k, v, a, b [B,T,H,N], state [B,H,N,N]) -> (y [B,T,H,N], new_state [B,H,N,N]).
+// The definition is reference.py; the arithmetic is in loops.cc. One unit of work is one head.
+#include <cstring>
+
+#include "../native/operator.h"
+#include "loops.h"
+
+namespace xexport {
+namespace {
+
+using ort::Element;
+
+class Wkv7 {
+ public:
+  static constexpr const char* kName = "wkv7";
+  static constexpr Element kInputs[] = {Element::f32, Element::f32, Element::f32, Element::f32,
+                                        Element::f32, Element::f32, Element::f32};
+  static constexpr Element kOutputs[] = {Element::f32, Element::f32};
+  static constexpr int kInPlace[] = {6, 1};
+  static void infer(ort::ShapeContext* context) {
+    infer_like(context, 3, 0, 4);
+    infer_like(context, 6, 1, 4);
+  }
+
+  Wkv7(const Node& node, Isa isa) : node_(node), loops_(wkv7_loops(isa)) {}
+
+  void compute(const Call& call) const {
+    static constexpr const char* kNames[] = {"r", "w", "k", "v", "a", "b", "state"};
+    Tensor in[7];
+    for (size_t i = 0; i < 7; ++i) in[i] = call.input(i, kNames[i]);
+    node_.expect(in[0], Element::f32, {-1, -1, -1, -1});
+    const int64_t B = in[0].dim[0], T = in[0].dim[1], H = in[0].dim[2], N = in[0].dim[3];
+    for (size_t i = 1; i < 6; ++i) node_.expect(in[i], Element::f32, {B, T, H, N});
+    node_.expect(in[6], Element::f32, {B, H, N, N});
+    float* y = call.output(0, in[0].dim, 4).floats();
+    float* state = call.output(1, in[6].dim, 4).floats();
+    const float* before = in[6].floats();
+    if (T == 0) {
+      if (state != before) std::memcpy(state, before, static_cast<size_t>(B * H * N * N) * sizeof(float));
+      return;
+    }
+    const double work = 5.0 * static_cast<double>(B * T * H) * static_cast<double>(N * N) / 8;
+    call.parallel(B * H, work, [&](int64_t unit) {
+      const int64_t at = (unit / H * T * H + unit % H) * N, cell = unit * N * N;
+      const Wkv7Head head = {in[0].floats() + at, in[1].floats() + at, in[2].floats() + at,
+                             in[3].floats() + at, in[4].floats() + at, in[5].floats() + at,
+                             before + cell,       state + cell,        y + at,
+                             T,                   H * N,               N};
+      loops_.head(head, scratch(static_cast<size_t>(loops_.scratch(N))));
+    });
+  }
+
+ private:
+  Node node_;
+  const Wkv7Loops& loops_;
+};
+
+const Registered<Wkv7> registered;
+
+}  // namespace
+}  // namespace xexport
