@@ -121,8 +121,10 @@ CASES = {
     "last-token": (2, 3, 50, 1, 49),
     "one-slot-filter": (1, 2, 1, 1, 0),
     "short-prompt": (2, 2, 50, 3, 0),
-    "power-of-two": (1, 2, 50, 8, 8),
-    "behind-a-power-of-two": (1, 2, 50, 7, 10),
+    "few": (2, 2, 50, 8, 8),
+    "few-to-the-end": (1, 2, 50, 2, 48),
+    "power-of-two": (1, 2, 50, 9, 7),
+    "behind-a-power-of-two": (1, 2, 50, 10, 7),
     "middle": (2, 2, 50, 20, 17),
     "to-the-end": (2, 3, 50, 33, 17),
     "whole": (1, 2, 64, 64, 0),
@@ -170,7 +172,7 @@ def test_reference_refuses_what_does_not_fit() -> None:
         )
 
 
-@pytest.mark.parametrize(("T", "position"), [(1, 5), (3, 0), (6, 9)])
+@pytest.mark.parametrize(("T", "position"), [(1, 5), (3, 0), (6, 9), (9, 6)])
 def test_onnx_reference_runs_the_bodies(T: int, position: int) -> None:
     x = {"u": normal(2, 2, T), "h": normal(2, 15), "cache": normal(2, 2, 15), "pos": np.array([position])}
     y, _ = ReferenceEvaluator(op_model(CACHED, x, "monarch", 23, sizes(15))).run(None, x)
