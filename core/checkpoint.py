@@ -8,7 +8,7 @@ safetensors files). Tensors stay memory-mapped views, so opening a large file co
 from __future__ import annotations
 
 import json
-import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -154,14 +154,20 @@ def _open_folder(folder: Path) -> RawCheckpoint:
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(
-            "this folder is not a Hugging Face checkpoint: it has no config.json", got=folder
+            "this folder is not a Hugging Face checkpoint: it has no config.json",
+            got=folder,
+            fix="name a folder with config.json and its weights, or a weight file itself",
         )
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CheckpointError("config.json can't be read", got=f"{config_path}: {error}") from error
+        raise CheckpointError(
+            "config.json can't be read", got=f"{config_path}: {error}", fix="download it again"
+        ) from error
     if not isinstance(config, dict):
-        raise CheckpointError("config.json does not hold an object", got=type(config).__name__)
+        raise CheckpointError(
+            "config.json does not hold an object", got=type(config).__name__, allowed="an object {...}"
+        )
     files = _weight_files(folder)
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] = {}
@@ -186,7 +192,11 @@ def _weight_files(folder: Path) -> list[Path]:
                 raise CheckpointError("the shard index can't be read", got=f"{index}: {error}") from error
             for name in names:
                 if Path(name).name != name:
-                    raise CheckpointError("a shard name in the index leaves the folder", got=name)
+                    raise CheckpointError(
+                        "a shard name in the index leaves the folder",
+                        got=name,
+                        allowed="names of files beside the index",
+                    )
                 if not (folder / name).is_file():
                     raise CheckpointError("a shard named in the index is missing", got=folder / name)
             return [folder / name for name in names]
@@ -221,10 +231,13 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        loaded = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
-        )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, on pickle protocols and old containers
+            loaded = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
+            )
+    # a damaged pickle can raise nearly anything: AttributeError, TypeError, struct.error ...
+    except Exception as error:
         reason = str(error).split("\n", 1)[0]
         raise CheckpointError(
             "the checkpoint can't be read as weights only: it is truncated, corrupt, or holds code",
@@ -235,11 +248,25 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
         raise CheckpointError(
-            "the checkpoint is not a table of tensors", got=f"{path}: {type(loaded).__name__}"
+            "the checkpoint is not a table of tensors",
+            got=f"{path}: {_odd_one(loaded)}",
+            allowed="a dict of name -> tensor, or one under the key state_dict",
+            fix="save module.state_dict() alone",
         )
     if not loaded:
-        raise CheckpointError("the checkpoint holds no tensors", got=path)
+        raise CheckpointError("the checkpoint holds no tensors", got=path, fix="save module.state_dict()")
     return {str(k): v.detach() for k, v in loaded.items()}
+
+
+def _odd_one(loaded: Any) -> str:
+    """What is there instead of tensors."""
+    import torch
+
+    if not isinstance(loaded, dict):
+        return type(loaded).__name__
+    return next(
+        f"{k!r} is a {type(v).__name__}" for k, v in loaded.items() if not isinstance(v, torch.Tensor)
+    )
 
 
 def _require_torch() -> None:

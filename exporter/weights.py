@@ -31,7 +31,8 @@ def check_tensors(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], 
     Raises:
         CheckpointError: naming the first tensors that are missing, misshapen or not finite.
     """
-    wanted = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    parameters = module.state_dict()
+    wanted = {k: tuple(v.shape) for k, v in parameters.items()}
     missing = [k for k in wanted if k not in tensors]
     if missing:
         raise CheckpointError(
@@ -45,6 +46,13 @@ def check_tensors(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], 
         if got != shape:
             raise CheckpointError(
                 f"tensor {name!r} has a wrong shape", got=list(got), allowed=list(shape), fix=source
+            )
+        if parameters[name].is_floating_point() != tensors[name].is_floating_point():
+            raise CheckpointError(
+                f"tensor {name!r} has a wrong type",
+                got=f"{tensors[name].dtype} in {source}",
+                allowed=f"{'a float type' if parameters[name].is_floating_point() else 'whole numbers'}",
+                fix="a quantized checkpoint can't be read: use the float one it was made from",
             )
     for name in wanted:
         _check_finite(name, tensors[name], source)
