@@ -49,18 +49,24 @@ def write_published(raw: Path, out: Path) -> Path:
     return out
 
 
-def strings(length: int, count: int = 10) -> list[str]:
-    """Digit strings of one length, the same on every machine."""
-    rng = random.Random(length)
-    return ["".join(rng.choice(VOCABULARY[:10]) for _ in range(length)) for _ in range(count)]
+def strings(seed: int, count: int = 10) -> list[list[str]]:
+    """``count`` digit strings of each length 1 to 60.
+
+    PyTorch in fp32 reverses all 600 of seed 3 and of seed 4; of other seeds it misses up to 3.
+    """
+    rng = random.Random(seed)
+    return [
+        ["".join(rng.choice(VOCABULARY[:10]) for _ in range(length)) for _ in range(count)]
+        for length in range(1, 61)
+    ]
 
 
-def score(bundle: Any, lengths: range = range(1, 61), count: int = 10) -> tuple[int, int, int, int]:
-    """(exact strings, strings, wrong digits, digits) of greedy generation."""
-    stream = bundle.stream(batch=count)
-    exact = wrong = digits = 0
-    for length in lengths:
-        asked = strings(length, count)
+def score(bundle: Any, seed: int) -> tuple[int, int, int, int]:
+    """(exact strings, strings, wrong digits, digits) of greedy generation, ten streams at a time."""
+    stream = bundle.stream(batch=10)
+    exact = total = wrong = digits = 0
+    for asked in strings(seed):
+        length = len(asked[0])
         ids = np.array([[VOCABULARY.index(c) for c in s + ","] for s in asked], np.int64)
         stream.reset()
         token = stream.feed(ids)[:, -1].argmax(-1)
@@ -70,6 +76,7 @@ def score(bundle: Any, lengths: range = range(1, 61), count: int = 10) -> tuple[
             written.append(token)
         hits = np.stack(written, 1) == ids[:, length - 1 :: -1]
         exact += int(hits.all(1).sum())
+        total += len(asked)
         wrong += int((~hits).sum())
         digits += hits.size
-    return exact, len(lengths) * count, wrong, digits
+    return exact, total, wrong, digits
