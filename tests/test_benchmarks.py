@@ -1,0 +1,71 @@
+"""The benchmarks run and say what they measured. Smoke tests: nothing here looks at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+NAMES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "common")
+
+
+def run(name: str, tmp_path: Path, *options: str) -> dict[str, Any]:
+    """Run ``benchmarks/NAME.py --quick`` in a process of its own and read its JSON."""
+    out = tmp_path / f"{name}.json"
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--json", str(out), *options]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=False, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not list(tmp_path.glob("xexport-bench-*")), "the scratch folder was left behind"
+    result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    assert result["machine"]["cpu"], "the configuration is repeated"
+    assert result["rows"]
+    return result
+
+
+def test_every_benchmark_is_described_in_the_readme() -> None:
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert [name for name in NAMES if f"{name}.py" not in text] == []
+
+
+def test_ops_compares_every_implementation_with_the_reference(tmp_path: Path) -> None:
+    rows = run("ops", tmp_path)["rows"]
+    assert {r["op"] for r in rows} == {"wkv7", "selective_scan", "fft_conv", "linear_attention"}
+    assert max(r["error"] for r in rows) < 1e-5
+    assert all(r["us"] > 0 and len(r["seconds"]) == 3 for r in rows)
+
+
+def test_int8_formats_show_which_keep_the_chunk_law(tmp_path: Path) -> None:
+    result = run("int8_formats", tmp_path)
+    law = {r["format"]: r["chunk_error"] for r in result["rows"]}
+    assert law["8 bit block 128"] < 1e-5
+    assert law["per row s7"] < 1e-5
+    assert law["per tensor s8"] > 1e-2, "one scale for a whole chunk must show"
+    assert result["verdict"]
+
+
+@pytest.mark.slow
+def test_export_size_reports_every_stage(tmp_path: Path) -> None:
+    (row,) = run("export_size", tmp_path)["rows"]
+    titles = [stage["stage"] for stage in row["stages"]]
+    assert {"check weights", "trace", "write weights", "verify"} <= set(titles)
+    assert max(row["compared"].values()) < 1e-4
+    assert max(row["checks"]["parity"].values()) < 1e-4
+    assert row["peak_anon_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_step_times_torch_and_bundle_in_the_same_rounds(tmp_path: Path) -> None:
+    rows = run("step", tmp_path)["rows"]
+    assert {r["runner"] for r in rows} == {"torch eager", "cpu-int8"}
+    assert {r["tokens"] for r in rows} == {1, 8}
+    assert all(math.isfinite(r["speedup"]) and len(r["seconds"]) == 3 for r in rows)
