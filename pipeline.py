@@ -5,7 +5,8 @@ Every public function here is what one command of the CLI calls; none of them pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
     import torch
 
     from xexport.core.family import ChunkModule
+    from xexport.core.runner import Runner
     from xexport.evaluate.corpus import Corpus
     from xexport.evaluate.suite import Sizes
     from xexport.exporter.output import Output
     from xexport.models._resolve import Source
+    from xexport.runtimes.torch_eager import TorchStream
 
 __all__ = ["doctor", "export", "inspect", "models", "profile", "report", "summary", "targets", "validate"]
 
 REPORT_NAME = "report.html"
+_LARGE = 1 << 28  # parameters: a float32 copy of more is not made where it can be avoided
 _OFFSET_BYTES = 1.1  # what is written besides the weights themselves
 
 
@@ -84,7 +88,7 @@ def export(
     try:
         label = name or (model if isinstance(model, str) else type(model).__name__)
         final = Path(out) if out is not None else Path(f"{Path(label).name}-{target}")
-        with output_folder(final, force=force) as output:
+        with _modes_kept(model), output_folder(final, force=force) as output:
             progress.stage("read the checkpoint")
             source = _resolve(model, weights, preset, seed, name)
             _export_into(output, source, goal, eval_text, sizes, progress)
@@ -92,6 +96,18 @@ def export(
     finally:
         progress.close()
     return load(final, verify=False)
+
+
+@contextmanager
+def _modes_kept(model: object) -> Iterator[None]:
+    """A user's own module leaves in the training or evaluation mode that each part of it came in."""
+    modules = getattr(model, "modules", None)
+    before = [(m, m.training) for m in modules()] if callable(modules) else []
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def _resolve(
@@ -148,12 +164,13 @@ def _export_into(
     module = source.eager(lean=True)
     vocab = _vocab_size(graph)
     checks = verify(module, source.specs, fp32 / "model.onnx", vocab_size=vocab, max_tokens=source.max_tokens)
+    can_time = _has_room(source)
     info = _info(source, vocab)
     facts: dict[str, Any] = {
         "tokenizer": {"kind": source.tokenizer or "none"},
         "checks": msgspec.to_builtins(checks.__dict__),
         "environment": _environment(),
-        "warnings": _warnings(source),
+        "warnings": _warnings(source, timed=can_time),
     }
     exact_manifest = _describe(graph, written, info, get_target("cpu-fp32"), source, (), facts)
     if not exact:
@@ -164,7 +181,9 @@ def _export_into(
     )
     if not exact:
         written = write_graph(graph, output.bundle, target.bodies, target.why, progress)
-    torch_stream = TorchStream(cast("ChunkModule", module))
+    # large weights stay in the checkpoint's file until PyTorch is timed, where that would be unfair
+    reference = module if source.parameters > _LARGE else source.eager()
+    torch_stream = TorchStream(cast("ChunkModule", reference))
     corpus = corpus or _corpus(source, vocab, eval_text)
     write_reference(output.bundle / REFERENCE_NAME, torch_stream, corpus.tokens)
     facts["extra_files"] = [file_entry(output.bundle / REFERENCE_NAME)]
@@ -174,21 +193,35 @@ def _export_into(
 
     bundle = Bundle(output.bundle, manifest)
     fp32_bundle = bundle if exact else Bundle(output.scratch, exact_manifest)
-    _measure(bundle, fp32_bundle, torch_stream, corpus, output.final.name, sizes, progress)
+    _measure(
+        bundle,
+        fp32_bundle,
+        torch_stream,
+        source if can_time else None,
+        corpus,
+        output.final.name,
+        sizes,
+        progress,
+    )
     _finish(output.bundle, manifest, progress)
 
 
 def _measure(
     bundle: Bundle,
     fp32: Bundle,
-    torch_stream: Any,
+    torch_stream: TorchStream,
+    to_time: Source | None,
     corpus: Corpus,
     name: str,
     sizes: Sizes | None,
     progress: Progress,
 ) -> None:
-    """Accuracy of ONNX and of the bundle against PyTorch, then speed, into results.jsonl."""
+    """Accuracy of ONNX and of the bundle against PyTorch, then speed, into results.jsonl.
+
+    ``to_time`` is the source if PyTorch is to be timed too.
+    """
     from xexport.evaluate import suite
+    from xexport.runtimes.torch_eager import TorchStream
 
     sizes = sizes or suite.sizes_for(bundle.manifest.model.parameters, torch_stream)
     setup = suite.setup_for(bundle.manifest, name, corpus)
@@ -196,7 +229,10 @@ def _measure(
     rows: list[Record] = suite.accuracy(torch_stream, candidates, corpus, setup, sizes, progress)
     rows.append(suite.law(bundle.stream(), corpus, setup, sizes, progress))
     if sizes.timed:
-        others = {"torch": torch_stream}
+        others: dict[str, Runner] = {}
+        if to_time is not None:
+            large = to_time.parameters > _LARGE
+            others["torch"] = TorchStream(cast("ChunkModule", to_time.eager())) if large else torch_stream
         if fp32 is not bundle:
             others["onnx"] = fp32.stream()
         rows += suite.speed(bundle, others, corpus, setup, sizes, progress)
@@ -265,10 +301,20 @@ def _info(source: Source, vocab: int) -> ModelInfo:
     )
 
 
-def _warnings(source: Source) -> list[str]:
+def _warnings(source: Source, *, timed: bool) -> list[str]:
+    found = []
     if source.random:
-        return ["the weights are random: accuracy figures show what quantization changes, nothing else"]
-    return []
+        found.append("the weights are random: accuracy figures show what quantization changes, nothing else")
+    if not timed:
+        found.append("PyTorch was not timed: its float32 weights do not fit in the memory that was free")
+    return found
+
+
+def _has_room(source: Source) -> bool:
+    """Whether PyTorch's float32 weights, and ONNX Runtime's, fit in memory for timing."""
+    import psutil
+
+    return bool(psutil.virtual_memory().available > 3 * 4 * source.parameters)
 
 
 def _environment() -> dict[str, Any]:
