@@ -174,10 +174,12 @@ void spread(const PlanTables& plan, const float* from, int64_t stride, int64_t p
             Complex* x) {
   for (int64_t n = 0; n < points; n += kLanes) {
     const int64_t count = points - n < kLanes ? points - n : kLanes;
-    Vec tile[kLanes] = {};
+    Vec tile[kLanes];
     if (rows == kLanes && count == kLanes) {
+#pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) tile[i] = load(from + i * stride + n);
     } else {
+      for (int i = 0; i < kLanes; ++i) tile[i] = Vec{};
       for (int64_t i = 0; i < rows; ++i) tile[i] = load_part(from + i * stride + n, count);
     }
     transpose(tile);
@@ -193,7 +195,8 @@ void spread(const PlanTables& plan, const float* from, int64_t stride, int64_t p
 void gather(const PlanTables& plan, const Complex* x, const SignalRows& rows) {
   for (int64_t n = rows.begin; n < rows.points; n += kLanes) {
     const int64_t count = rows.points - n < kLanes ? rows.points - n : kLanes;
-    Vec tile[kLanes] = {};
+    Vec tile[kLanes];
+    for (int64_t i = count; i < kLanes; ++i) tile[i] = Vec{};
     for (int64_t i = 0; i < count; ++i) {
       const float* w = plan.twist + 2 * (n + i);
       tile[i] = x[n + i].re * all(w[0]) + x[n + i].im * all(w[1]);

@@ -22,18 +22,24 @@ XEXPORT_INLINE Power power_of_product(Vec x, Vec y) {
   const Vec rounded = x * y + all(kRounder);
   const Vec n = rounded - all(kRounder);
   const Vec f = x * y - n;  // with a fused multiply-add the product is never rounded
+  const Vec f2 = f * f;
   Vec p = all(1.326472731e-3f) * f + all(9.671512991e-3f);
-  p = p * f + all(5.550733581e-2f);
-  p = p * f + all(2.402224243e-1f);
-  p = p * f + all(6.931470037e-1f);
-  p = p * f + all(1.0f);
+  p = p * f2 + (all(5.550733581e-2f) * f + all(2.402224243e-1f));
+  p = p * f2 + (all(6.931470037e-1f) * f + all(1.0f));
   IntVec bits;
   std::memcpy(&bits, &rounded, sizeof(bits));
   return {p, bits};
 }
 
-// Whether 2^z is neither zero, denormal, infinite nor NaN: -1 or 0 for each lane.
-XEXPORT_INLINE IntVec is_normal_power(Vec z) { return (z > all(-125.5f)) & (z < all(126.5f)); }
+// Where 2^z is neither zero, denormal, infinite nor NaN: -1, else 0.
+XEXPORT_INLINE IntVec is_normal_power(Vec z) {
+  IntVec bits;
+  std::memcpy(&bits, &z, sizeof(bits));
+  bits &= 0x7fffffff;
+  Vec size;
+  std::memcpy(&size, &bits, sizeof(size));
+  return size < all(125.5f);
+}
 
 // 2^(x y) where is_normal_power(x y): the exponent can simply be added to the bits of the fraction.
 XEXPORT_INLINE Vec exp2_normal(Vec x, Vec y) {
@@ -62,13 +68,6 @@ XEXPORT_INLINE Vec exp2_any(Vec x, Vec y) {
   const IntVec n = (power.exponent << 10) >> 10;  // with its sign
   const IntVec half = n >> 1;
   return power.fraction * power_of_integer(half) * power_of_integer(n - half);
-}
-
-XEXPORT_INLINE bool in_every_lane(IntVec condition) {
-  int32_t every = -1;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) every &= condition[i];
-  return every != 0;
 }
 
 }  // namespace xexport::XEXPORT_ISA

@@ -69,6 +69,21 @@ XEXPORT_INLINE float sum(Vec v) {
   return v[0];
 }
 
+// Whether a comparison (-1 or 0 in each lane) holds in every lane.
+XEXPORT_INLINE bool in_every_lane(IntVec condition) {
+#if defined(__AVX512F__)
+  return __builtin_ia32_cvtd2mask512(condition) == 0xffff;
+#elif defined(__AVX2__)
+  return __builtin_ia32_movmskps256(reinterpret_cast<Vec>(condition)) == 0xff;
+#elif defined(__SSE2__)
+  return __builtin_ia32_movmskps(reinterpret_cast<Vec>(condition)) == 0xf;
+#else
+  int32_t every = -1;
+  for (int i = 0; i < kLanes; ++i) every &= condition[i];
+  return every != 0;
+#endif
+}
+
 // One step of a transposition: exchanges the off-diagonal blocks of Size x Size of two rows.
 template <int Size, int... I>
 XEXPORT_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, I...>) {

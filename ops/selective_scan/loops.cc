@@ -18,32 +18,49 @@ constexpr int kWidth = kBlock * kLanes;
 constexpr int64_t kColumnsFrom = 4;
 
 // Whether exp(dt A) is a normal number for `width` channels from `first` and every n.
-XEXPORT_INLINE bool decays_normally(const SelectiveScan& x, int64_t t, int64_t first, int64_t width) {
+template <int Size>
+XEXPORT_INLINE bool decays_normally(const SelectiveScan& x, int64_t row, int64_t first, int64_t width) {
+  const int64_t size = Size > 0 ? Size : x.size;
   IntVec normal = IntVec{} - 1;
   for (int64_t i = 0; i < width; ++i) {
-    const Vec dt = all(x.dt[t * x.channels + first + i] * kLog2E);
-    const float* A = x.A + (first + i) * x.size;
-    for (int64_t n = 0; n < x.size; n += kLanes) normal &= is_normal_power(dt * load(A + n));
+    const Vec dt = all(x.dt[row + i] * kLog2E);
+    for (int64_t n = 0; n < size; n += kLanes) normal &= is_normal_power(dt * load(x.A + (first + i) * size + n));
   }
   return in_every_lane(normal);
 }
 
-// One token of `width` <= kLanes channels from `first`, in whole vectors of n.
-template <bool Careful>
-XEXPORT_INLINE void step(const SelectiveScan& x, int64_t t, int64_t first, int64_t width, const float* from) {
-  const int64_t size = x.size, row = t * x.channels + first;
+// Of `width` <= kLanes channels from `first`: the new state, and <h, C> in the lanes of `read`.
+template <int Size, bool Careful>
+XEXPORT_INLINE void update(const SelectiveScan& x, int64_t t, int64_t first, int64_t width, const float* from,
+                           Vec* read) {
+  const int64_t size = Size > 0 ? Size : x.size, row = t * x.channels + first;
   const float *B = x.B + t * size, *C = x.C + t * size;
-  Vec read[kLanes] = {};
+#pragma GCC unroll 2
   for (int64_t i = 0; i < width; ++i) {
     const Vec dt = all(x.dt[row + i] * kLog2E), added = all(x.dt[row + i] * x.u[row + i]);
     const int64_t cell = (first + i) * size;
+    Vec sum = {};
     for (int64_t n = 0; n < size; n += kLanes) {
       const Vec A = load(x.A + cell + n);
       const Vec decay = Careful ? exp2_any(dt, A) : exp2_normal(dt, A);
       const Vec h = decay * load(from + cell + n) + added * load(B + n);
       store(x.new_state + cell + n, h);
-      read[i] += h * load(C + n);
+      sum += h * load(C + n);
     }
+    read[i] = sum;
+  }
+}
+
+// One token of `width` <= kLanes channels. Size: the state's, whole vectors, or 0 if known at run time only.
+template <int Size>
+XEXPORT_INLINE void step(const SelectiveScan& x, int64_t t, int64_t first, int64_t width, const float* from) {
+  const int64_t row = t * x.channels + first;
+  Vec read[kLanes];
+  for (int64_t i = width; i < kLanes; ++i) read[i] = Vec{};
+  if (decays_normally<Size>(x, row, first, width)) {
+    update<Size, false>(x, t, first, width, from, read);
+  } else {
+    update<Size, true>(x, t, first, width, from, read);
   }
   transpose(read);
   Vec y = read[0];
@@ -56,23 +73,15 @@ XEXPORT_INLINE void step(const SelectiveScan& x, int64_t t, int64_t first, int64
   }
 }
 
-XEXPORT_INLINE void either_step(const SelectiveScan& x, int64_t t, int64_t first, int64_t width,
-                                const float* from) {
-  if (decays_normally(x, t, first, width)) {
-    step<false>(x, t, first, width, from);
-  } else {
-    step<true>(x, t, first, width, from);
-  }
-}
-
+template <int Size>
 void steps(const SelectiveScan& x, int64_t first, int64_t last) {
   for (int64_t d = first; d < last; d += kLanes) {
     for (int64_t t = 0; t < x.tokens; ++t) {
       const float* from = t == 0 ? x.state : x.new_state;
       if (d + kLanes <= last) {
-        either_step(x, t, d, kLanes, from);
+        step<Size>(x, t, d, kLanes, from);
       } else {
-        either_step(x, t, d, last - d, from);
+        step<Size>(x, t, d, last - d, from);
       }
     }
   }
@@ -156,7 +165,7 @@ void columns(const SelectiveScan& x, int64_t first, int64_t width, float* scratc
 
 void run(const SelectiveScan& x, int64_t first, int64_t last, float* scratch) {
   if (x.tokens < kColumnsFrom && x.size % kLanes == 0) {
-    steps(x, first, last);
+    x.size == 16 ? steps<16>(x, first, last) : steps<0>(x, first, last);
     return;
   }
   for (int64_t d = first; d < last; d += kWidth) columns(x, d, last - d < kWidth ? last - d : kWidth, scratch);

@@ -19,55 +19,81 @@ constexpr int kTile = 4;
 constexpr int kTile = 2;
 #endif
 constexpr int kTileWidth = kTile * kLanes;
-constexpr int kRows = 4;
 // Shorter pieces don't earn back the transpositions (measured).
-constexpr int64_t kColumnsFrom = 6;
+constexpr int64_t kColumnsFrom = 8;
 
-template <int Rows>
-void step(const Wkv7Head& x, int64_t token, int64_t row, const float* from, float* to) {
-  const int64_t size = x.size, whole = size / kLanes * kLanes, at = token * x.stride;
+// Sums of the lanes of kLanes vectors, in one vector.
+XEXPORT_INLINE Vec sums(Vec* v) {
+  transpose(v);
+  Vec total = v[0];
+  for (int i = 1; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// kLanes rows of one token. Size: the head's, a whole number of vectors, or 0 for one known at run time only.
+template <int Size>
+XEXPORT_INLINE void step(const Wkv7Head& x, int64_t at, int64_t row, const float* from, float* to) {
+  constexpr int kAtOnce = 4;  // rows that share the loads of w, b, k and r
+  const int64_t size = Size > 0 ? Size : x.size;
   const float *r = x.r + at, *w = x.w + at, *k = x.k + at, *a = x.a + at, *b = x.b + at;
-  const float* v = x.v + at + row;
-  Vec partial[Rows] = {};
-  for (int64_t j = 0; j < whole; j += kLanes) {
+  Vec partial[kLanes] = {};
+  for (int64_t j = 0; j < size; j += kLanes) {
     const Vec aj = load(a + j);
-    for (int i = 0; i < Rows; ++i) partial[i] += load(from + i * size + j) * aj;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) partial[i] += load(from + i * size + j) * aj;
   }
-  float u[Rows];
-  for (int i = 0; i < Rows; ++i) {
-    u[i] = sum(partial[i]);
-    for (int64_t j = whole; j < size; ++j) u[i] += from[i * size + j] * a[j];
-  }
-  Vec read[Rows] = {};
-  for (int64_t j = 0; j < whole; j += kLanes) {
-    const Vec wj = load(w + j), bj = load(b + j), kj = load(k + j), rj = load(r + j);
-    for (int i = 0; i < Rows; ++i) {
-      const Vec s = load(from + i * size + j) * wj + all(u[i]) * bj + all(v[i]) * kj;
-      store(to + i * size + j, s);
-      read[i] += s * rj;
+  // kept apart from the state: the compiler can't know that storing the state doesn't change v
+  alignas(kBytes) float u[kLanes], v[kLanes];
+  store(u, sums(partial));
+  store(v, load(x.v + at + row));
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i += kAtOnce) {
+    Vec ui[kAtOnce], vi[kAtOnce], read[kAtOnce] = {};
+    for (int q = 0; q < kAtOnce; ++q) {
+      ui[q] = all(u[i + q]);
+      vi[q] = all(v[i + q]);
     }
-  }
-  for (int i = 0; i < Rows; ++i) {
-    float y = sum(read[i]);
-    for (int64_t j = whole; j < size; ++j) {
-      const float s = from[i * size + j] * w[j] + u[i] * b[j] + v[i] * k[j];
-      to[i * size + j] = s;
-      y += s * r[j];
+    for (int64_t j = 0; j < size; j += kLanes) {
+      const Vec wj = load(w + j), bj = load(b + j), kj = load(k + j), rj = load(r + j);
+#pragma GCC unroll 4
+      for (int q = 0; q < kAtOnce; ++q) {
+        const Vec s = load(from + (i + q) * size + j) * wj + ui[q] * bj + vi[q] * kj;
+        store(to + (i + q) * size + j, s);
+        read[q] += s * rj;
+      }
     }
-    x.y[at + row + i] = y;
+    for (int q = 0; q < kAtOnce; ++q) partial[i + q] = read[q];
   }
+  store(x.y + at + row, sums(partial));
 }
 
-template <int Rows>
-void rows(const Wkv7Head& x, int64_t row) {
-  float* to = x.new_state + row * x.size;
-  for (int64_t t = 0; t < x.tokens; ++t) step<Rows>(x, t, row, t == 0 ? x.state + row * x.size : to, to);
+// One row of one token, for any size.
+void step_row(const Wkv7Head& x, int64_t at, int64_t row, const float* from, float* to) {
+  const float v = x.v[at + row];
+  float u = 0, y = 0;
+  for (int64_t j = 0; j < x.size; ++j) u += from[j] * x.a[at + j];
+  for (int64_t j = 0; j < x.size; ++j) {
+    const float s = from[j] * x.w[at + j] + u * x.b[at + j] + v * x.k[at + j];
+    to[j] = s;
+    y += s * x.r[at + j];
+  }
+  x.y[at + row] = y;
 }
 
-void by_rows(const Wkv7Head& x) {
-  int64_t row = 0;
-  for (; row + kRows <= x.size; row += kRows) rows<kRows>(x, row);
-  for (; row < x.size; ++row) rows<1>(x, row);
+template <int Size>
+void rows(const Wkv7Head& x) {
+  const int64_t size = Size > 0 ? Size : x.size, height = size % kLanes == 0 ? kLanes : 1;
+  for (int64_t row = 0; row < size; row += height) {
+    float* to = x.new_state + row * size;
+    for (int64_t t = 0; t < x.tokens; ++t) {
+      const float* from = t == 0 ? x.state + row * size : to;
+      if (height == kLanes) {
+        step<Size>(x, t * x.stride, row, from, to);
+      } else {
+        step_row(x, t * x.stride, row, from, to);
+      }
+    }
+  }
 }
 
 // Whole: the tile has kTileWidth columns; else `width`, and the lanes behind hold zeros that nobody reads.
@@ -120,7 +146,7 @@ void by_columns(const Wkv7Head& x, float* tile) {
 
 void head(const Wkv7Head& x, float* scratch) {
   if (x.tokens < kColumnsFrom) {
-    by_rows(x);
+    x.size == 64 ? rows<64>(x) : rows<0>(x);
   } else {
     by_columns(x, scratch);
   }
