@@ -140,7 +140,7 @@ def _export_into(
     from xexport.exporter.output import require_space
     from xexport.exporter.verify import verify
     from xexport.exporter.writer import file_entry
-    from xexport.quant.apply import quantize
+    from xexport.quant.apply import quantize, unread
     from xexport.quant.scheme import get_scheme
     from xexport.runtimes.torch_eager import TorchStream
 
@@ -179,6 +179,7 @@ def _export_into(
     decisions = quantize(
         graph, scheme, source.roles, output.scratch, names=set(source.tensors), progress=progress
     )
+    decisions += unread(source.tensors, decisions, source.roles)
     if not exact:
         written = write_graph(graph, output.bundle, target.bodies, target.why, progress)
     # large weights stay in the checkpoint's file until PyTorch is timed, where that would be unfair

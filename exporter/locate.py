@@ -1,13 +1,14 @@
 """Finding where the exported graph first parts from the module: used only after a parity failure.
 
-Every submodule's output is captured in PyTorch; the values that the graph computed inside that
+Every submodule's input and output are captured in PyTorch; the values that the graph computed inside that
 submodule (their names carry its path, passes/names.py) are captured in ONNX Runtime. The first
-submodule, in order of execution, none of whose values equals its output, is the culprit.
+submodule, in order of execution, none of whose values equals its output, is the culprit; if the graph
+has not got its input either, then its parent is, which computed that input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,37 +33,48 @@ def locate(
     state = zero_state(specs, batch)
     wanted = _module_outputs(module, tokens, state)
     values, operators = _graph_values(graph, tokens, state)
-    for path, reference in wanted:
-        scale = max(float(np.sqrt(np.mean(np.square(reference, dtype=np.float64)))), 1e-6)
+    for path, given, reference in wanted:
         # its own nodes and its submodules': what a module returns is often what its last child made
-        inside = [
-            v
-            for name, v in values.items()
-            if name.startswith((f"{path}/", f"{path}.")) and v.shape == reference.shape
-        ]
-        if not inside:
+        inside = [v for name, v in values.items() if name.startswith((f"{path}/", f"{path}."))]
+        error = _nearest(inside, reference)
+        if error is None or error <= _TOLERANCE:
             continue
-        error = min(float(np.abs(v - reference).max()) / scale for v in inside)
-        if not error <= _TOLERANCE:
-            ops = sorted({op for scope, op in operators if scope == path})
-            holds = f" (it holds {', '.join(ops)})" if ops else ""
-            return f"the two first part in layer {path!r}{holds}, error {error:.2e}"
+        arrived = None if given is None else _nearest(values.values(), given)
+        if arrived is not None and not arrived <= _TOLERANCE:  # it was fed a wrong value
+            path, child = path.rpartition(".")[::2]
+            return f"the two first part in {_layer(path, operators)} before its part {child!r}"
+        return f"the two first part in {_layer(path, operators)}, error {error:.2e}"
     return "every layer that could be compared agrees from a fresh state: the fault is in a state tensor"
+
+
+def _layer(path: str, operators: Sequence[tuple[str, str]]) -> str:
+    ops = sorted({op for scope, op in operators if scope == path})
+    holds = f" (it holds {', '.join(ops)})" if ops else ""
+    return f"layer {path!r}{holds}" if path else f"the model's own forward{holds}"
+
+
+def _nearest(values: Iterable[Array], reference: Array) -> float | None:
+    """The error of the value nearest to the reference, relative to its RMS; None if none has its shape."""
+    scale = max(float(np.sqrt(np.mean(np.square(reference, dtype=np.float64)))), 1e-6)
+    errors = [float(np.abs(v - reference).max()) / scale for v in values if v.shape == reference.shape]
+    return min(errors, default=None)
 
 
 def _module_outputs(
     module: torch.nn.Module, tokens: Array, state: Sequence[Array]
-) -> list[tuple[str, Array]]:
-    captured: list[tuple[str, Array]] = []
+) -> list[tuple[str, Array | None, Array]]:
+    """(path, first input, first output) of every submodule that returns floats, in order of execution."""
+    captured: list[tuple[str, Array | None, Array]] = []
     handles = []
     for path, child in module.named_modules():
         if not path:
             continue
 
-        def hook(_m: Any, _i: Any, out: Any, path: str = path) -> None:
-            first = out[0] if isinstance(out, tuple) else out
-            if isinstance(first, torch.Tensor) and first.is_floating_point():
-                captured.append((path, first.detach().float().numpy().copy()))
+        def hook(_m: Any, inputs: Any, out: Any, path: str = path) -> None:
+            given = _floats(inputs)
+            first = _floats(out)
+            if first is not None:
+                captured.append((path, given, first))
 
         handles.append(child.register_forward_hook(hook))
     try:
@@ -72,6 +84,14 @@ def _module_outputs(
         for handle in handles:
             handle.remove()
     return captured
+
+
+def _floats(value: Any) -> Array | None:
+    """A copy of a float tensor, or of the first of a tuple of tensors."""
+    first = value[0] if isinstance(value, tuple) and value else value
+    if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+        return None
+    return first.detach().float().numpy().copy()
 
 
 def _graph_values(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -14,7 +16,13 @@ from xexport.quant.roles import roles_of
 from xexport.quant.scheme import Scheme
 from xexport.quant.spool import Spool
 
-__all__ = ["quantize"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["quantize", "unread"]
+
+#: what follows the name of a weight in the second decision, where it is both embedding and head
+AS_HEAD = " (as head)"
 
 
 def quantize(
@@ -50,6 +58,26 @@ def quantize(
     return decisions
 
 
+def unread(
+    tensors: Mapping[str, torch.Tensor], decisions: Iterable[TensorDecision], globs: Iterable[tuple[str, str]]
+) -> list[TensorDecision]:
+    """A decision for every tensor of the model that the graph does not read: it is not in the bundle.
+
+    Two names of one tensor (tied weights) are one initializer; the other name is listed here.
+    """
+    stored = {d.tensor.removesuffix(AS_HEAD) for d in decisions}
+    places = {tensors[name].data_ptr(): name for name in stored if name in tensors}
+    rows = tuple(globs)
+    made = []
+    for name in sorted(set(tensors) - stored):
+        tensor = tensors[name]
+        twin = places.get(tensor.data_ptr())
+        why = f"the same tensor as {twin}" if twin else "nothing in the graph reads it"
+        role = next((r for pattern, r in rows if fnmatchcase(name, pattern)), "other")
+        made.append(TensorDecision(name, role, tuple(tensor.shape), "not stored", 0, why, 0.0))
+    return made
+
+
 def _decide(
     context: Context, name: str, role: str, scheme: Scheme, table: dict[str, Format]
 ) -> list[TensorDecision]:
@@ -66,7 +94,7 @@ def _decide(
     head = scheme.formats["head"]
     if role == "embedding" and still_read and head in table and made[0].format != exact.format:
         tied = TensorDecision(
-            f"{name} (as head)", "head", shape, exact.format, exact.bytes, scheme.why["head"], 0.0
+            f"{name}{AS_HEAD}", "head", shape, exact.format, exact.bytes, scheme.why["head"], 0.0
         )
         made.append(_stored(tied, table[head](context, value), head))
     return made
