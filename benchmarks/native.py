@@ -1,0 +1,173 @@
+"""Native kernels against the ONNX bodies of the same operators and torch.fft: ratios of one run, one thread.
+
+    python benchmarks/native.py [--quick] [--json F]
+
+All candidates of a row take turns. Times are of the thread that works: on a machine that others use as
+well, it doesn't count while it waits for a core.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+from common import header, microseconds, options, save, table
+from xexport.core.registry import get_op
+from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
+from xexport.ops.run import op_model
+from xexport.runtimes.native import find_native
+
+Arrays = dict[str, np.ndarray]
+Row = dict[str, Any]
+_SAMPLE_SECONDS = 0.03
+
+
+def bound(
+    name: str, x: Arrays, variant: str, *, library: str = "", constant: Sequence[str] = (), **attributes: int
+) -> Callable[[], Any]:
+    """A call of one operator through a persistent IO binding, by its kernel or by one of its bodies."""
+    given = ort.SessionOptions()
+    given.intra_op_num_threads = 1
+    given.log_severity_level = 3
+    if library:
+        given.register_custom_ops_library(library)
+    model = op_model(get_op(name), x, variant, 23, attributes, constant=constant)
+    session = ort.InferenceSession(model.SerializeToString(), given, providers=["CPUExecutionProvider"])
+    feed = {n: a for n, a in x.items() if n not in constant}
+    binding = session.io_binding()
+    for input_name, array in feed.items():
+        binding.bind_ortvalue_input(input_name, ort.OrtValue.ortvalue_from_numpy(array))
+    for node, array in zip(session.get_outputs(), session.run(None, feed), strict=True):
+        binding.bind_ortvalue_output(node.name, ort.OrtValue.ortvalue_from_numpy(array))
+    return lambda: session.run_with_iobinding(binding)
+
+
+def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of CPU a call, one sample a round and candidate; the order turns from round to round."""
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        began = time.thread_time()
+        call()
+        repeats[name] = max(1, int(_SAMPLE_SECONDS / max(time.thread_time() - began, 1e-6)))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            began = time.thread_time()
+            for _ in range(repeats[name]):
+                calls[name]()
+            samples[name].append((time.thread_time() - began) / repeats[name])
+    return samples
+
+
+def row(work: str, calls: dict[str, Callable[[], Any]], rounds: int, **more: Any) -> Row:
+    """Time the candidates; the first one is the kernel."""
+    samples = timed(calls, rounds)
+    kernel, *others = samples
+    ratios = {
+        name: statistics.median(b / k for k, b in zip(samples[kernel], samples[name], strict=True))
+        for name in others
+    }
+    return {"work": work, "samples": samples, "ratios": ratios, **more}
+
+
+def recurrence(name: str, x: Arrays, bodies: Sequence[str], library: str, work: str, rounds: int) -> Row:
+    calls = {"kernel": bound(name, x, bodies[0], library=library)}
+    calls |= {body: bound(name, x, body) for body in bodies}
+    return row(work, calls, rounds)
+
+
+def wkv7_inputs(T: int, H: int = 12, N: int = 64) -> Arrays:
+    rng = np.random.default_rng(0)
+    r, k, v, w, g = (rng.standard_normal((1, T, H, N)) for _ in range(5))
+    kk = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    x = {"r": r, "w": np.exp(-np.exp(-0.5) / (1 + np.exp(-w))), "k": k, "v": v}
+    x |= {"a": -kk, "b": kk / (1 + np.exp(-g)), "state": rng.standard_normal((1, H, N, N))}
+    return {n: a.astype(np.float32) for n, a in x.items()}
+
+
+def scan_inputs(T: int, D: int = 1536, N: int = 16) -> Arrays:
+    rng = np.random.default_rng(0)
+    x = {"u": rng.standard_normal((1, T, D)), "dt": np.log1p(np.exp(rng.standard_normal((1, T, D)) - 2))}
+    x |= {"A": -np.exp(rng.standard_normal((D, N)))}
+    x |= {n: rng.standard_normal((1, T, N)) for n in ("B", "C")}
+    x |= {"D": rng.standard_normal(D), "state": rng.standard_normal((1, D, N))}
+    return {n: a.astype(np.float32) for n, a in x.items()}
+
+
+def convolution(L: int, library: str, rounds: int, *, body: bool, D: int = 256) -> Row:
+    """Against torch.fft with the filter's spectrum computed beforehand, as the kernel keeps it too."""
+    rng = np.random.default_rng(0)
+    h = rng.standard_normal((D, L)) * np.exp(-4 * np.arange(L) / L)
+    x = {"u": rng.standard_normal((1, D, L)).astype(np.float32), "h": h.astype(np.float32)}
+    n1, n2 = fft_sizes(L)
+    calls = {"kernel": bound("fft_conv", x, "monarch", library=library, constant=["h"], n1=n1, n2=n2)}
+    u, taps = torch.from_numpy(x["u"]), torch.from_numpy(x["h"])
+    spectrum = torch.fft.rfft(taps, n=2 * L)
+
+    def by_torch() -> torch.Tensor:
+        return torch.fft.irfft(torch.fft.rfft(u, n=2 * L) * spectrum, n=2 * L)[..., :L].contiguous()
+
+    calls["torch.fft"] = by_torch
+    if body:
+        calls["monarch"] = bound("fft_conv", x, "monarch", constant=["h"], n1=n1, n2=n2)
+    want = causal_conv(u.double(), taps.double()).numpy()
+    given = ort.SessionOptions()
+    given.register_custom_ops_library(library)
+    model = op_model(get_op("fft_conv"), x, "monarch", 23, {"n1": n1, "n2": n2})
+    (got,) = ort.InferenceSession(model.SerializeToString(), given).run(None, x)
+    scale = np.abs(want).max()
+    return row(
+        f"fft_conv {D} channels, L={L}",
+        calls,
+        rounds,
+        error=float(np.abs(got - want).max() / scale),
+        torch_error=float(np.abs(by_torch().numpy() - want).max() / scale),
+    )
+
+
+def main() -> None:
+    arguments = options(__doc__).parse_args()
+    native = find_native()
+    if native.path is None:
+        raise SystemExit(native.reason)
+    torch.set_num_threads(1)
+    library, rounds = str(native.path), 3 if arguments.quick else 21
+    about = header("Native kernels", library=native.reason, threads=1, clock="CPU time of the thread")
+    rows = []
+    for T in (1, 64 if arguments.quick else 512):
+        bodies = ("step", "scan") if T == 1 else ("chunked", "scan")
+        rows.append(recurrence("wkv7", wkv7_inputs(T), bodies, library, f"wkv7 12x64, T={T}", rounds))
+    for T in (1, 64 if arguments.quick else 512):
+        bodies = ("step", "scan") if T == 1 else ("scan",)
+        work = f"selective_scan D=1536 N=16, T={T}"
+        rows.append(recurrence("selective_scan", scan_inputs(T), bodies, library, work, rounds))
+    for L in (1000, 1024) if arguments.quick else (1000, 1024, 1100, 2048, 8192, 65536):
+        rows.append(convolution(L, library, rounds if L < 10000 else 5, body=L <= 1024))
+    table(
+        "one thread; times as fast as ...",
+        ("work", "kernel us", "against", "error", "torch's"),
+        [
+            (
+                r["work"],
+                microseconds(r["samples"]["kernel"]),
+                ", ".join(f"{name} {ratio:.1f}" for name, ratio in r["ratios"].items()),
+                r.get("error", ""),
+                r.get("torch_error", ""),
+            )
+            for r in rows
+        ],
+    )
+    save(arguments.json, about, rows)
+
+
+if __name__ == "__main__":
+    main()
