@@ -400,8 +400,11 @@ def test_a_rename_that_fails_puts_the_old_bundle_back(
 # Killed
 
 _VICTIM = """
-import sys, time
+import signal, sys, time
 from xexport import cli, pipeline
+
+# a test run in the background inherits an ignored SIGINT, which Python then leaves ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def export_into(output, *_):
     (output.bundle / "model.onnx.data").write_bytes(bytes(100000))
