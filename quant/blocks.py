@@ -18,6 +18,9 @@ Array = np.ndarray[Any, Any]
 #: fractions of the largest absolute value that are tried as the range
 _SHRINK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
 
+#: blocks of smaller values are stored as zeros: their step would be a subnormal number, or zero
+_SMALLEST = 1e-30
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -56,7 +59,7 @@ def quantize_blocks(matrix: Array, bits: int, size: int) -> Blocks:
     codes = np.empty(blocks.shape, np.uint8)
     scales = np.empty(largest.shape, np.float32)
     for shrink in _SHRINK[bits]:
-        scale = np.where(largest > 0, largest * (shrink / top), 1.0).astype(np.float32)
+        scale = np.where(largest > _SMALLEST, largest * (shrink / top), 1.0).astype(np.float32)
         levels = np.clip(np.rint(blocks / scale[..., None]), -zero, top)
         error = np.square(levels * scale[..., None] - blocks).sum(axis=2)
         better = error < best_error
@@ -69,7 +72,7 @@ def quantize_blocks(matrix: Array, bits: int, size: int) -> Blocks:
 def quantize_rows(matrix: Array) -> tuple[Array, Array]:
     """int8 [rows, depth] and float32 scales [rows, 1]: symmetric, one scale a row."""
     largest = np.abs(matrix).max(axis=1, keepdims=True)
-    scale = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
+    scale = np.where(largest > _SMALLEST, largest / 127, 1.0).astype(np.float32)
     return np.rint(matrix / scale).astype(np.int8), scale
 
 

@@ -222,6 +222,20 @@ def test_int8_of_a_module_large_enough_for_8_bit_products(export: Export) -> Non
     assert relative(steps, whole) < TOLERANCES["model_int8_cut"]
 
 
+def test_tied_weights_are_quantized_as_table_and_as_head(export: Export) -> None:
+    module = Tied()
+    bundle = export(module, "cpu-int8")
+    formats = {d.tensor: d.format for d in bundle.manifest.decisions}
+    (name,) = (n.removesuffix(" (as head)") for n in formats if n.endswith(" (as head)"))
+    assert formats[name] == "int8 per row"
+    assert formats[f"{name} (as head)"].startswith("int8 block")
+    assert sorted(f for f in formats.values() if f == "not stored") == ["not stored"]
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (1, 20))
+    want = TorchStream(module).feed(tokens)
+    got = bundle.stream().feed(tokens)
+    assert np.sqrt(np.mean(np.square(got - want)) / np.mean(np.square(want))) < TOLERANCES["int8_products"]
+
+
 # Refusals
 
 

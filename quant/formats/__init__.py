@@ -20,7 +20,9 @@ class Context:
     spool: Spool
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        """Register a new initializer."""
+        """Register a new initializer; a tied weight has two of one name, and the second is the head's."""
+        if name in self.model.graph.initializers:
+            name = f"head.{name}"
         tensor.name = name
         value = ir.Value(
             name=name,
