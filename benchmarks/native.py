@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-
 from common import header, microseconds, options, save, table
+
 from xexport.core.registry import get_op
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.run import op_model
@@ -114,7 +114,10 @@ def convolution(L: int, library: str, rounds: int, *, body: bool, D: int = 256) 
     spectrum = torch.fft.rfft(taps, n=2 * L)
 
     def by_torch() -> torch.Tensor:
-        return torch.fft.irfft(torch.fft.rfft(u, n=2 * L) * spectrum, n=2 * L)[..., :L].contiguous()
+        y: torch.Tensor = torch.fft.irfft(torch.fft.rfft(u, n=2 * L) * spectrum, n=2 * L)[
+            ..., :L
+        ].contiguous()
+        return y
 
     calls["torch.fft"] = by_torch
     if body:
@@ -144,10 +147,10 @@ def main() -> None:
     about = header("Native kernels", library=native.reason, threads=1, clock="CPU time of the thread")
     rows = []
     for T in (1, 64 if arguments.quick else 512):
-        bodies = ("step", "scan") if T == 1 else ("chunked", "scan")
+        bodies = ["step" if T == 1 else "chunked", "scan"]
         rows.append(recurrence("wkv7", wkv7_inputs(T), bodies, library, f"wkv7 12x64, T={T}", rounds))
     for T in (1, 64 if arguments.quick else 512):
-        bodies = ("step", "scan") if T == 1 else ("scan",)
+        bodies = ["step", "scan"] if T == 1 else ["scan"]
         work = f"selective_scan D=1536 N=16, T={T}"
         rows.append(recurrence("selective_scan", scan_inputs(T), bodies, library, work, rounds))
     for L in (1000, 1024) if arguments.quick else (1000, 1024, 1100, 2048, 8192, 65536):
