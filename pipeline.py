@@ -138,6 +138,7 @@ def _export_into(
     from xexport.evaluate.recorded import REFERENCE_NAME, write_reference
     from xexport.exporter.graph import build_graph, write_graph
     from xexport.exporter.output import require_space
+    from xexport.exporter.pages import release_pages
     from xexport.exporter.verify import verify
     from xexport.exporter.writer import file_entry
     from xexport.quant.apply import quantize, unread
@@ -163,7 +164,14 @@ def _export_into(
     progress.stage("verify against PyTorch")
     module = source.eager(lean=True)
     vocab = _vocab_size(graph)
-    checks = verify(module, source.specs, fp32 / "model.onnx", vocab_size=vocab, max_tokens=source.max_tokens)
+    checks = verify(
+        module,
+        source.specs,
+        fp32 / "model.onnx",
+        vocab_size=vocab,
+        max_tokens=source.max_tokens,
+        release=lambda: release_pages(source.path) if source.path else None,
+    )
     can_time = _has_room(source)
     info = _info(source, vocab)
     facts: dict[str, Any] = {

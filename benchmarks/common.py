@@ -31,6 +31,12 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks have; the first line of ``doc`` describes it."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: a smoke test")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: processor time of this thread, for one thread on a busy machine",
+    )
     parser.add_argument("--json", type=Path, metavar="F", help="write configuration and rows to this file")
     return parser
 
@@ -60,7 +66,12 @@ def asdict_of(record: Any) -> dict[str, Any]:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], *, rounds: int, repeat: int = 1, warmup: int = 1
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    repeat: int = 1,
+    warmup: int = 1,
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Seconds a call of every candidate, one sample a round; the order turns from round to round.
 
@@ -68,7 +79,9 @@ def interleaved(
         calls: candidate name -> what is timed.
         repeat: calls a sample (their mean is kept), for calls too short to time alone.
         warmup: calls thrown away first.
+        clock: ``"wall"``, or ``"cpu"`` for the time that this thread had the processor.
     """
+    now = time.perf_counter if clock == "wall" else time.thread_time
     names = list(calls)
     for name in names:
         for _ in range(warmup):
@@ -81,10 +94,10 @@ def interleaved(
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
                 call = calls[name]
-                began = time.perf_counter()
+                began = now()
                 for _ in range(repeat):
                     call()
-                samples[name].append((time.perf_counter() - began) / repeat)
+                samples[name].append((now() - began) / repeat)
     finally:
         gc.enable()
     return samples

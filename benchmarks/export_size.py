@@ -86,6 +86,7 @@ def child_export(weights: str, folder: str, whole: bool) -> None:
         xexport.export(_FAMILY, target="cpu-fp32", weights=weights, out=Path(folder) / "b", progress=log)
         return
     from xexport.exporter.graph import build_graph, write_graph
+    from xexport.exporter.pages import release_pages
     from xexport.exporter.verify import verify
     from xexport.models._resolve import resolve
 
@@ -99,7 +100,13 @@ def child_export(weights: str, folder: str, whole: bool) -> None:
     write_graph(graph, out, {}, {}, log)
     vocab = int(source.config["vocab_size"])
     log.stage("verify")
-    checks = verify(source.eager(lean=True), source.specs, out / "model.onnx", vocab_size=vocab)
+    checks = verify(
+        source.eager(lean=True),
+        source.specs,
+        out / "model.onnx",
+        vocab_size=vocab,
+        release=lambda: release_pages(Path(weights)),
+    )
     log.close()
     print(json.dumps({"checks": checks.__dict__}), flush=True)
 

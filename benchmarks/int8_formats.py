@@ -180,7 +180,7 @@ def saturation(make: Callable[[Array], bytes], depth: int) -> float:
     return relative(run(open_session(make(weight), 1), x), x @ weight)
 
 
-def measure(size: tuple[int, int], threads: int, rounds: int) -> list[dict[str, Any]]:
+def measure(size: tuple[int, int], threads: int, rounds: int, clock: str) -> list[dict[str, Any]]:
     """Rows of one matrix: every format at every number of rows."""
     rng = np.random.default_rng(0)
     depth, columns = size
@@ -193,7 +193,7 @@ def measure(size: tuple[int, int], threads: int, rounds: int) -> list[dict[str, 
         x = activations(count, depth, rng)
         want = x @ weight
         calls = {name: partial(run, s, x) for name, s in sessions.items()}
-        samples = interleaved(calls, rounds=rounds, repeat=10 if count < 128 else 1, warmup=3)
+        samples = interleaved(calls, rounds=rounds, repeat=10 if count < 128 else 1, warmup=3, clock=clock)
         out += [
             {
                 "depth": depth,
@@ -254,11 +254,12 @@ def main() -> None:
         "formats of 8- and 4-bit products",
         threads=args.threads,
         rounds=rounds,
+        clock=args.clock,
         instructions=_instructions(),
     )
     rows: list[dict[str, Any]] = []
     for size in sizes:
-        rows += measure(size, args.threads, rounds)
+        rows += measure(size, args.threads, rounds, args.clock)
     columns = ["format", "us", "speedup", "error", "chunk_error", "saturation_error"]
     for depth, width in sizes:
         for count in _ROWS:

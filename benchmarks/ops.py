@@ -186,13 +186,13 @@ def _session(
     return lambda: session.run(None, feeds)
 
 
-def measure(case: Case, threads: int, rounds: int) -> list[dict[str, Any]]:
+def measure(case: Case, threads: int, rounds: int, clock: str) -> list[dict[str, Any]]:
     """Rows of one case: median, ratio against the reference, error."""
     calls = implementations(case, threads)
     want = calls[_REFERENCE]()
     errors = {name: _error(want, call()) for name, call in calls.items()}
     fast = min(_seconds(call) for call in calls.values()) < 1e-3
-    samples = interleaved(calls, rounds=rounds, repeat=5 if fast else 1, warmup=2)
+    samples = interleaved(calls, rounds=rounds, repeat=5 if fast else 1, warmup=2, clock=clock)
     return [
         {
             "op": case.op,
@@ -233,12 +233,13 @@ def main() -> None:
         "operators: ONNX bodies against the PyTorch reference",
         threads=args.threads,
         rounds=rounds,
+        clock=args.clock,
         native=str(native.available),
     )
     rows: list[dict[str, Any]] = []
     for case in cases(args.quick):
         if args.only in (None, case.op):
-            rows += measure(case, args.threads, rounds)
+            rows += measure(case, args.threads, rounds, args.clock)
     table(
         "medians; speedup against the PyTorch reference in the same rounds",
         ["operator", "size", "implementation", "us", "speedup", "error"],

@@ -82,7 +82,13 @@ def prefill_calls(runners: Mapping[str, Any], tokens: Any, length: int) -> dict[
 
 
 def measure(
-    model: str, source: Any, bundles: Mapping[str, Path], threads: int, lengths: tuple[int, ...], rounds: int
+    model: str,
+    source: Any,
+    bundles: Mapping[str, Path],
+    threads: int,
+    lengths: tuple[int, ...],
+    rounds: int,
+    clock: str,
 ) -> list[dict[str, Any]]:
     """Rows of one model at one number of threads."""
     import torch
@@ -100,10 +106,10 @@ def measure(
             runner.reset()
         if length == 1:
             calls = step_calls(runners, np.tile(tokens, (1, 64)))
-            samples = interleaved(calls, rounds=rounds, repeat=10, warmup=5)
+            samples = interleaved(calls, rounds=rounds, repeat=10, warmup=5, clock=clock)
         else:
             samples = interleaved(
-                prefill_calls(runners, tokens, length), rounds=max(3, rounds // 4), warmup=1
+                prefill_calls(runners, tokens, length), rounds=max(3, rounds // 4), warmup=1, clock=clock
             )
         rows += [
             {
@@ -146,6 +152,7 @@ def main() -> None:
         threads=threads,
         lengths=lengths,
         rounds=rounds,
+        clock=args.clock,
         batch=1,
         native_kernels=find_native().available,
     )
@@ -154,7 +161,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="xexport-bench-") as folder:
             source, bundles = make_bundles(model, Path(folder), targets)
             for count in threads:
-                rows += measure(model, source, bundles, count, lengths, rounds)
+                rows += measure(model, source, bundles, count, lengths, rounds, args.clock)
             del source
         part = [r for r in rows if r["model"] == model]
         title = f"{model}: {part[0]['parameters'] / 1e6:.1f} M parameters"

@@ -57,11 +57,14 @@ def verify(
     tolerance: float = 1e-4,
     chunk_tolerance: float = 1e-4,
     shapes: Iterable[tuple[int, int]] | None = None,
+    release: Callable[[], object] | None = None,
 ) -> Checks:
     """Compare the graph with the module, and every cut of a sequence with the whole.
 
     Args:
         shapes: (B, T) to compare at; :data:`CHECKED_SHAPES`, or fewer of a model over 256 MB.
+        release: called when PyTorch has done its part, before ONNX Runtime opens the graph: the two
+            then never hold the weights at the same time.
 
     Raises:
         ChunkLawError: the PyTorch module itself breaks the chunk law.
@@ -80,12 +83,14 @@ def verify(
             allowed=f"at most {chunk_tolerance:.0e} of the RMS",
             fix="carry everything that looks back in the state (shifts, convolutions, positions, caches)",
         )
+    samples = [_sample(eager, specs, b, t, vocab_size) for b, t in shapes if t <= limit]
+    if release is not None:
+        release()
     run = onnx_forward(graph)
     parity: dict[str, float] = {}
-    for batch, length in shapes:
-        if length > limit:
-            continue
-        error, what = _parity(eager, run, specs, batch, length, vocab_size)
+    for sample in samples:
+        batch, length = sample.tokens.shape
+        error, what = _largest(specs, *sample.wanted, *run(sample.tokens, sample.start))
         parity[f"B={batch},T={length}"] = error
         if not error <= tolerance:
             from xexport.exporter.locate import locate
@@ -182,14 +187,21 @@ def chunk_error(
     return worst
 
 
-def _parity(
-    reference: Forward, candidate: Forward, specs: Sequence[StateSpec], batch: int, length: int, vocab: int
-) -> tuple[float, str]:
+@dataclass(frozen=True)
+class _Sample:
+    """Tokens [B,T], a used state, and what PyTorch makes of them."""
+
+    tokens: Array
+    start: Sequence[Array]
+    wanted: tuple[Array, list[Array]]
+
+
+def _sample(reference: Forward, specs: Sequence[StateSpec], batch: int, length: int, vocab: int) -> _Sample:
     rng = np.random.default_rng(batch * 1000 + length)
     warm = rng.integers(0, vocab, (batch, 2), dtype=np.int64)
     tokens = rng.integers(0, vocab, (batch, length), dtype=np.int64)
     _, start = reference(warm, zero_state(specs, batch))
-    return _largest(specs, *reference(tokens, start), *candidate(tokens, start))
+    return _Sample(tokens, start, reference(tokens, start))
 
 
 def _rms(values: Array) -> float:

@@ -31,6 +31,7 @@ class Source:
         specs: its state.
         roles: (glob, role) rows for quantization.
         random: the weights were never trained.
+        path: the checkpoint's file or folder, if there is one.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Source:
     origin: str
     notes: tuple[str, ...] = ()
     random: bool = False
+    path: Path | None = None
 
     @property
     def max_tokens(self) -> int | None:
@@ -95,7 +97,7 @@ def resolve(
         return _random(family, preset, seed)
     path = Path(weights) if weights is not None else _zoo(family)
     loaded = family.load(open_checkpoint(path))
-    return _from_loaded(family, loaded, path.name)
+    return dataclasses.replace(_from_loaded(family, loaded, path.name), path=path)
 
 
 def from_module(module: torch.nn.Module, name: str | None = None) -> Source:
