@@ -1,1 +1,1 @@
-"""Operators, one folder each: reference.py (the definition), function.py (ONNX bodies), kernel.cc (native)."""
+"""Operators, one folder each: reference.py (the definition), function.py (ONNX bodies), kernel.cc."""
