@@ -22,10 +22,9 @@ __all__ = ["CHECKED_SHAPES", "Checks", "chunk_error", "onnx_forward", "torch_for
 #: one token, odd lengths, batches, and one length past every block size a body uses
 CHECKED_SHAPES = ((1, 1), (2, 1), (1, 3), (3, 5), (1, 67))
 _CUTS = ((1, 4, 2, 7, 3), (1,) * 17, (9, 8), (16, 1))
-#: a large model takes seconds a call: fewer of them, which still reach every branch of the bodies
-_LARGE = 1 << 28  # bytes of weights
-_LARGE_SHAPES = ((1, 1), (1, 3), (1, 17))
-_LARGE_CUTS = ((1, 9, 7),)
+_LARGE = 1 << 28  # bytes of weights above which fewer checks are made
+_BRIEF_WARM = 2
+_BRIEF_CUT = (1, 3, 13)
 _MAP_ABOVE = 1 << 26  # bytes of weights that ONNX Runtime may copy
 
 Array = np.ndarray[Any, Any]
@@ -71,24 +70,23 @@ def verify(
         ParityError: the graph disagrees with the module, or breaks the chunk law alone.
     """
     limit = max_tokens or 1 << 30
-    large = _weight_bytes(graph) > _LARGE
-    shapes = shapes or (_LARGE_SHAPES if large else CHECKED_SHAPES)
-    cuts = _LARGE_CUTS if large else _CUTS
     eager = torch_forward(module)
-    law_torch = chunk_error(eager, specs, vocab_size, limit, cuts)
-    if not law_torch.error <= chunk_tolerance:
+    if shapes is None and _weight_bytes(graph) > _LARGE and limit >= _BRIEF_WARM + sum(_BRIEF_CUT):
+        plan = _brief_plan(eager, specs, vocab_size)
+    else:
+        plan = _full_plan(eager, specs, vocab_size, limit, shapes or CHECKED_SHAPES)
+    if not plan.law.error <= chunk_tolerance:
         raise ChunkLawError(
             "the model breaks the chunk law: cutting a sequence changes the result",
-            got=f"{law_torch.what}: error {law_torch.error:.2e} for chunks of {law_torch.cut}",
+            got=f"{plan.law.what}: error {plan.law.error:.2e} for chunks of {plan.law.cut}",
             allowed=f"at most {chunk_tolerance:.0e} of the RMS",
             fix="carry everything that looks back in the state (shifts, convolutions, positions, caches)",
         )
-    samples = [_sample(eager, specs, b, t, vocab_size) for b, t in shapes if t <= limit]
     if release is not None:
         release()
     run = onnx_forward(graph)
     parity: dict[str, float] = {}
-    for sample in samples:
+    for sample in plan.samples:
         batch, length = sample.tokens.shape
         error, what = _largest(specs, *sample.wanted, *run(sample.tokens, sample.start))
         parity[f"B={batch},T={length}"] = error
@@ -101,14 +99,71 @@ def verify(
                 allowed=f"at most {tolerance:.0e} of the RMS",
                 fix="this is a fault of the exporter or of an operator's body: please report it",
             )
-    law_onnx = chunk_error(run, specs, vocab_size, limit, cuts)
+    law_onnx = plan.law_of(run)
     if not law_onnx.error <= chunk_tolerance:
         raise ParityError(
             "the exported graph breaks the chunk law although the module keeps it",
             got=f"{law_onnx.what}: error {law_onnx.error:.2e} for chunks of {law_onnx.cut}",
             allowed=f"at most {chunk_tolerance:.0e} of the RMS",
         )
-    return Checks(parity, law_torch.error, law_onnx.error)
+    return Checks(parity, plan.law.error, law_onnx.error)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What PyTorch computed, and how the chunk law is checked of ONNX Runtime.
+
+    Attributes:
+        law: the chunk law of the module.
+        samples: what the graph is compared with.
+        law_of: the chunk law of a forward function.
+    """
+
+    law: _Worst
+    samples: list[_Sample]
+    law_of: Callable[[Forward], _Worst]
+
+
+def _full_plan(
+    eager: Forward, specs: Sequence[StateSpec], vocab: int, limit: int, shapes: Iterable[tuple[int, int]]
+) -> _Plan:
+    """Several batches and lengths, several cuts."""
+
+    def law_of(forward: Forward) -> _Worst:
+        return chunk_error(forward, specs, vocab, limit)
+
+    law = law_of(eager)
+    return _Plan(law, [_sample(eager, specs, b, t, vocab) for b, t in shapes if t <= limit], law_of)
+
+
+def _brief_plan(eager: Forward, specs: Sequence[StateSpec], vocab: int) -> _Plan:
+    """One sequence whole and in three pieces, which are samples too: a large model takes seconds a call.
+
+    The pieces reach the step, the short and the long branch of every body.
+    """
+    rng = np.random.default_rng(7)
+    warm = rng.integers(0, vocab, (1, _BRIEF_WARM), dtype=np.int64)
+    tokens = rng.integers(0, vocab, (1, sum(_BRIEF_CUT)), dtype=np.int64)
+    _, start = eager(warm, zero_state(specs, 1))
+    whole = _Sample(tokens, start, eager(tokens, start))
+    pieces, state = [], start
+    for part in np.split(tokens, np.cumsum(_BRIEF_CUT)[:-1], axis=1):
+        part = np.ascontiguousarray(part)
+        pieces.append(_Sample(part, state, eager(part, state)))
+        state = pieces[-1].wanted[1]
+    logits = np.concatenate([p.wanted[0] for p in pieces], 1)
+    name = "+".join(map(str, _BRIEF_CUT))
+    law = _Worst(*_largest(specs, *whole.wanted, logits, state), name)
+
+    def law_of(forward: Forward) -> _Worst:
+        """The pieces one after the other against PyTorch's whole, whose equal the graph's whole was found."""
+        parts, state = [], start
+        for piece in pieces:
+            part, state = forward(piece.tokens, state)
+            parts.append(part)
+        return _Worst(*_largest(specs, *whole.wanted, np.concatenate(parts, 1), state), name)
+
+    return _Plan(law, [whole, pieces[0], pieces[1]], law_of)
 
 
 def torch_forward(module: torch.nn.Module) -> Forward:
@@ -155,13 +210,7 @@ class _Worst:
     cut: str
 
 
-def chunk_error(
-    forward: Forward,
-    specs: Sequence[StateSpec],
-    vocab_size: int,
-    limit: int,
-    cuts: Sequence[tuple[int, ...]] = _CUTS,
-) -> _Worst:
+def chunk_error(forward: Forward, specs: Sequence[StateSpec], vocab_size: int, limit: int) -> _Worst:
     """The worst error of several cuts of one sequence against feeding it whole, from a used state."""
     rng = np.random.default_rng(7)
     length = min(17, limit // 2)
@@ -170,7 +219,7 @@ def chunk_error(
     _, start = forward(warm, zero_state(specs, 2))
     whole, final = forward(tokens, start)
     worst = _Worst(0.0, "", "")
-    for cut in cuts:
+    for cut in _CUTS:
         logits, state, at = [], start, 0
         for size in cut:
             if at + size > length:
