@@ -48,7 +48,7 @@ def imported_rooms(path: Path) -> set[str]:
                 names = [f"xexport.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        rooms |= {n.split(".")[1] for n in names if n.startswith("xexport.")}
+        rooms |= {n.split(".")[1] for n in names if n.startswith("xexport.") and "__" not in n}
     return rooms
 
 
