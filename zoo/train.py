@@ -71,7 +71,7 @@ class Recipe:
     late_length: int = 512
     late_from: float = 0.8
     optimizer: str = "muon"
-    lr: float = 4e-3
+    lr: float = 8e-3
     adam_lr: float = 4e-3
     warmup: int = 50
     weight_decay: float = 0.05
