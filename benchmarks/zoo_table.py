@@ -16,6 +16,7 @@ from typing import Any
 import xexport
 from xexport import pipeline
 from xexport.core.progress import for_terminal
+from xexport.evaluate.suite import Sizes
 
 FAMILIES = ("rwkv", "mamba", "retnet", "hyena")
 TARGETS = ("cpu-fp32", "cpu-fp16", "cpu-int8", "cpu-int4")
@@ -30,7 +31,8 @@ def figures(folder: Path, family: str, target: str) -> dict[str, Any]:
     out = folder / f"{family}-{target}"
     if out.is_dir():
         return pipeline.summary(xexport.load(out))
-    return pipeline.summary(xexport.export(family, target=target, out=out, progress=for_terminal()))
+    bundle = xexport.export(family, target=target, out=out, sizes=Sizes(), progress=for_terminal())
+    return pipeline.summary(bundle)
 
 
 def row(figure: dict[str, Any]) -> str:
