@@ -26,6 +26,9 @@ __all__ = ["bits_per_byte", "validate_bundle"]
 #: last bit of a sum can tip a value to the next level: there the export's own figure is the yardstick.
 CHUNK_TOLERANCE = 1e-3
 CHUNK_FACTOR = 10.0
+#: mean KL (nats) from the logits that PyTorch recorded: the export's own figure is on more of the same text
+KL_TOLERANCE = 1e-3
+KL_FACTOR = 10.0
 
 
 def validate_bundle(
@@ -46,7 +49,7 @@ def validate_bundle(
     part = corpus.head(sizes.fidelity_tokens)
     progress.stage(f"score {len(part.tokens)} tokens")
     bits = bits_per_byte(stream, part)
-    problems = _problems(chunk, _allowed_chunk_error(bundle), fidelity, bits)
+    problems = _problems(chunk, _allowed_chunk_error(bundle), fidelity, _allowed_kl(bundle), bits)
     rows: list[Record] = [chunk] if fidelity is None else [chunk, fidelity]
     return _result(bundle, chunk, fidelity, bits, part, problems), rows
 
@@ -97,12 +100,24 @@ def _allowed_chunk_error(bundle: Bundle) -> float:
     return max(CHUNK_TOLERANCE, CHUNK_FACTOR * float(at_export))
 
 
-def _problems(chunk: ChunkLaw, allowed: float, fidelity: Fidelity | None, bits: float) -> list[str]:
+def _allowed_kl(bundle: Bundle) -> float:
+    at_export = (bundle.manifest.figures.get("kl") or {}).get("mean")
+    return max(KL_TOLERANCE, KL_FACTOR * float(at_export or 0.0))
+
+
+def _problems(
+    chunk: ChunkLaw, allowed: float, fidelity: Fidelity | None, allowed_kl: float, bits: float
+) -> list[str]:
     problems = []
     if not chunk.error <= allowed:
         problems.append(f"the chunk law is broken here: error {chunk.error:.2e}, allowed {allowed:.0e}")
     if fidelity is not None and fidelity.non_finite:
         problems.append(f"{fidelity.non_finite} tokens gave logits that are not finite")
+    elif fidelity is not None and not fidelity.kl_mean <= allowed_kl:
+        problems.append(
+            f"the results here are not PyTorch's: mean KL {fidelity.kl_mean:.2e} nats from the logits "
+            f"recorded at export, allowed {allowed_kl:.0e}"
+        )
     if not math.isfinite(bits):
         problems.append("the text could not be scored: logits that are not finite")
     return problems

@@ -287,6 +287,26 @@ def test_validate_accepts_what_was_exported(exporter: Any, family: str, tmp_path
     )
 
 
+def test_validate_sees_that_a_device_computes_something_else(exporter: Any, tmp_path: Path) -> None:
+    import hashlib
+
+    folder = tmp_path / "copy"
+    shutil.copytree(exporter("rwkv", "cpu-int8"), folder)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    (table,) = [t for t in graph.initializer if t.name == "emb.weight.int8"]
+    start = next(int(e.value) for e in table.external_data if e.key == "offset")
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data[start : start + 1000] = bytes(i * 37 % 251 for i in range(1000))
+    (folder / "model.onnx.data").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    entry = next(f for f in manifest["files"] if f["path"] == "model.onnx.data")
+    entry["sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    result = pipeline.validate(folder, eval_text=exporter.ids)
+    assert not result["ok"]
+    assert any("the results here are not PyTorch's: mean KL" in p for p in result["problems"])
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "hyena"])
 def test_quantization_noise_does_not_grow_along_a_stream(exporter: Any, family: str) -> None:
     from xexport.evaluate.metrics import compare_logits
