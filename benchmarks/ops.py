@@ -146,7 +146,7 @@ def _reference(case: Case, spec: OpSpec) -> Callable[[], Sequence[Array]]:
     import torch
 
     op = getattr(torch.ops.xexport, spec.name)
-    tensors = [torch.from_numpy(case.inputs[name]) for name in spec.inputs]
+    tensors = [torch.from_numpy(case.inputs[name].copy()) for name in spec.inputs]
     attributes = [case.attributes[name] for name in spec.attributes]
 
     def call() -> Sequence[Array]:

@@ -11,17 +11,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 __all__ = ["assign_stored"]
 
+_PART = 1 << 24  # elements of a weight that are widened at a time
 #: they return rows of the table, so the rows are widened and not the table
-_LOOKUPS = {torch.nn.functional.embedding, torch.embedding}
+_LOOKUPS = {F.embedding, torch.embedding}
 #: they return no values: widening for them would be work for nothing
-_QUESTIONS = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
+_QUESTIONS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point}
 
 
-class _Stored(torch.Tensor):
+class _Stored(Tensor):
     """A tensor of any float dtype that takes part in every computation as float32."""
 
     @classmethod
@@ -34,7 +37,17 @@ class _Stored(torch.Tensor):
                 return func(*args, **kwargs)
             if func in _LOOKUPS:
                 return func(*args, **kwargs).to(torch.float32)
+            if func is F.linear:
+                return _linear(*args, **kwargs)
             return func(*tree_map(_widened, args), **tree_map(_widened, kwargs))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product by a few rows of the weight at a time: a head has a gigabyte in float32."""
+    rows = max(1, _PART // weight.shape[1])
+    parts = [F.linear(_widened(x), part.to(torch.float32)) for part in torch.split(weight, rows)]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return y if bias is None else y + _widened(bias)
 
 
 def _widened(value: Any) -> Any:
