@@ -242,10 +242,11 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(f"fastest of these in 8 bits at {what}: {best}, {mean_speedup(best, count):.2f}x fp32")
     block_wise = "8 bit block 128"
     for name in ("per row u8", "per row s7"):
+        prefill, decode = (mean_speedup(name, n) / mean_speedup(block_wise, n) for n in (128, 1))
+        error = worst(name, "error") / worst(block_wise, "error")
         lines.append(
-            f"{name} against {block_wise}: {mean_speedup(name, 128) / mean_speedup(block_wise, 128):.2f}x as fast "
-            f"at prefill, {mean_speedup(name, 1) / mean_speedup(block_wise, 1):.2f}x at decode, "
-            f"{worst(name, 'error') / worst(block_wise, 'error'):.1f}x the error"
+            f"{name} against {block_wise}: {prefill:.2f}x as fast at prefill, {decode:.2f}x at decode, "
+            f"{error:.1f}x the error"
         )
     lines.append(
         "the scheme int8 is block-wise: of the formats that keep the chunk law and never saturate it has the "
