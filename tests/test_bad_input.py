@@ -356,6 +356,34 @@ def test_full_disk_leaves_the_old_bundle(
     assert "disk is full" in message
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk with room for the weights of a tiny model but not for its report."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = (
+        shutil.which("mount")
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], capture_output=True, check=False
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_disk_that_fills_up(exporter: Any, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xexport.evaluate.suite.sizes_for", lambda *_: _sizes())
+    args = ("rwkv", "--target", "cpu-int8", "--preset", "tiny", "--eval-text", exporter.ids)
+    with exporter.traced_once():
+        message = refused(small_disk, *args, "--out", small_disk / "out")
+    assert "disk is full" in message or "No space left on device" in message
+    assert list(small_disk.iterdir()) == []
+
+
 def _sizes() -> Any:
     from exported import sizes
 

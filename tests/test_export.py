@@ -363,6 +363,26 @@ def test_reversal_survives_quantization(
     assert wrong / digits <= TOLERANCES["reversal_digits_lost"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_8_bits_of_the_shipped_checkpoint_lose_under_one_percent(
+    exporter: Any, tmp_path: Path, family: str, record_property: Callable[[str, object], None]
+) -> None:
+    from xexport.evaluate.suite import Sizes
+
+    few = Sizes(1024, 512, chunk_tokens=24, timed=False)
+    folder = exporter.export(family, "cpu-int8", tmp_path / "out", eval_text=None, sizes=few)
+    summary = pipeline.summary(xexport.load(folder))
+    record_property(
+        f"{family} int8", {k: summary[k] for k in ("bits_per_byte", "bits_lost", "kl", "same_top1")}
+    )
+    assert summary["tokens"] >= 500
+    assert summary["bits_per_byte"]["torch"] < 3, "a trained model"
+    assert summary["bits_per_byte"]["onnx"] == pytest.approx(summary["bits_per_byte"]["torch"], abs=1e-4)
+    assert summary["bits_lost"]["percent"] < 1
+    assert not any("random" in w for w in summary["warnings"])
+
+
 @pytest.mark.oracle
 def test_published_test_model_gives_the_expected_logits(exporter: Any, tmp_path: Path) -> None:
     folder = exporter.export(
