@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,14 +83,14 @@ def _write_data(values: list[ir.Value], folder: Path, progress: Progress) -> Fil
     path = folder / DATA_NAME
     offset = 0
     external: list[tuple[ir.Value, ir.ExternalTensor]] = []
-    with path.open("wb") as out:
+    with path.open("wb") as out, ThreadPoolExecutor(1) as pool:
         for value in values:
             tensor = value.const_value
             assert tensor is not None
-            offset += _put(out, digest, b"\0" * (-offset % _ALIGN))
+            offset += _put(out, digest, pool, b"\0" * (-offset % _ALIGN))
             start = offset
             for block in _blocks(tensor):
-                offset += _put(out, digest, block)
+                offset += _put(out, digest, pool, block)
             external.append((value, _pointer(tensor, start, offset - start, folder)))
             progress.advance()
     # only now: a lazy tensor may read another initializer that is written later
@@ -112,9 +113,11 @@ def _blocks(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
         yield flat[start : start + _BLOCK]
 
 
-def _put(out: BinaryIO, digest: Any, data: bytes | memoryview) -> int:
+def _put(out: BinaryIO, digest: Any, pool: Executor, data: bytes | memoryview) -> int:
+    """Write and hash at the same time: both let other threads run, and cost about the same."""
+    hashed = pool.submit(digest.update, data)
     out.write(data)
-    digest.update(data)
+    hashed.result()
     return len(data)
 
 
