@@ -16,6 +16,8 @@ _RANGE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*)$")
 def release_pages(path: Path) -> int:
     """Unmap the resident pages of the files at or below ``path``; they are read again when touched.
 
+    The heap's free pages are given back too.
+
     Resident pages of a mapped file count as this process's memory although the system may take them
     back. A mapping that was written to is left alone, as its changes exist nowhere else. Does nothing
     on systems other than Linux.
@@ -32,6 +34,8 @@ def release_pages(path: Path) -> int:
         if file == root or root in file.parents:
             failed = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONT_NEED)
             count += not failed
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
     return count
 
 

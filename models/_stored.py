@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 __all__ = ["assign_stored"]
 
-_PART = 1 << 24  # elements of a weight that are widened at a time
+_PART = 1 << 22  # elements of a weight that are widened at a time
 #: they return rows of the table, so the rows are widened and not the table
 _LOOKUPS = {F.embedding, torch.embedding}
 #: they return no values: widening for them would be work for nothing
@@ -43,9 +43,11 @@ class _Stored(Tensor):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product by a few rows of the weight at a time: a head has a gigabyte in float32."""
-    rows = max(1, _PART // weight.shape[1])
-    parts = [F.linear(_widened(x), part.to(torch.float32)) for part in torch.split(weight, rows)]
+    """The product by a few rows of the weight at a time, which are widened into one small buffer."""
+    rows = min(len(weight), max(1, _PART // weight.shape[1]))
+    buffer = torch.empty(rows, weight.shape[1], dtype=torch.float32)
+    x = _widened(x)
+    parts = [F.linear(x, buffer[: len(part)].copy_(part)) for part in torch.split(weight, rows)]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     return y if bias is None else y + _widened(bias)
 
