@@ -63,10 +63,11 @@ def make_checkpoint(family_name: str, preset: str, path: Path, seed: int = 0) ->
 
 
 class StageLog:
-    """A Progress that prints when each stage began, as JSON lines with wall and CPU clocks."""
+    """A Progress that prints when each stage began, as JSON lines with wall and processor clocks."""
 
     def stage(self, title: str, total: int | None = None) -> None:
-        row = {"stage": title, "wall": time.time(), "cpu": sum(os.times()[:2])}
+        user, system = os.times()[:2]
+        row = {"stage": title, "wall": time.time(), "user": user, "system": system}
         print(json.dumps(row), flush=True)
 
     def advance(self, steps: int = 1) -> None:
@@ -181,14 +182,15 @@ def _rss(process: int) -> tuple[int, int] | None:
 
 
 def stages(lines: list[dict[str, Any]], samples: list[tuple[float, int, int]]) -> Iterator[dict[str, Any]]:
-    """One row a stage: wall and CPU seconds, peaks of anonymous and file-mapped memory."""
+    """One row a stage: wall, user and system seconds, peaks of anonymous and file-mapped memory."""
     marks = [line for line in lines if "stage" in line]
     for begin, end in itertools.pairwise(marks):
         inside = [s for s in samples if begin["wall"] <= s[0] <= end["wall"]]
         yield {
             "stage": begin["stage"],
             "wall_s": end["wall"] - begin["wall"],
-            "cpu_s": end["cpu"] - begin["cpu"],
+            "user_s": end["user"] - begin["user"],
+            "system_s": end["system"] - begin["system"],
             "anon_bytes": max((s[1] for s in inside), default=0),
             "file_bytes": max((s[2] for s in inside), default=0),
         }
@@ -221,7 +223,8 @@ def run(preset: str, parent: Path | None, whole: bool) -> dict[str, Any]:
         "checkpoint_bytes": checkpoint,
         "data_bytes": size,
         "wall_s": sum(r["wall_s"] for r in rows),
-        "cpu_s": sum(r["cpu_s"] for r in rows),
+        "user_s": sum(r["user_s"] for r in rows),
+        "system_s": sum(r["system_s"] for r in rows),
         "peak_anon_bytes": max(s[1] for s in samples),
         "peak_rss_bytes": max(s[1] + s[2] for s in samples),
         "peak_above_bundle_bytes": max(s[1] + max(0, s[2] - size) for s in samples),
@@ -234,16 +237,17 @@ def run(preset: str, parent: Path | None, whole: bool) -> dict[str, Any]:
 def show(row: dict[str, Any]) -> None:
     """One table a model size."""
     cells = [
-        [r["stage"], r["wall_s"], r["cpu_s"], r["anon_bytes"] / 1e6, r["file_bytes"] / 1e6]
+        [r["stage"], r["wall_s"], r["user_s"], r["system_s"], r["anon_bytes"] / 1e6, r["file_bytes"] / 1e6]
         for r in row["stages"]
     ]
-    cells.append(["total", row["wall_s"], row["cpu_s"], row["peak_anon_bytes"] / 1e6, ""])
+    cells.append(["total", row["wall_s"], row["user_s"], row["system_s"], row["peak_anon_bytes"] / 1e6, ""])
     table(
         f"RWKV-7 {row['preset']}: {row['parameters'] / 1e6:.0f} M parameters, checkpoint "
         f"{row['checkpoint_bytes'] / 1e9:.2f} GB bf16 -> bundle {row['data_bytes'] / 1e9:.2f} GB fp32",
-        ["stage", "wall s", "CPU s", "peak anon MB", "peak file MB"],
+        ["stage", "wall s", "user s", "system s", "peak anon MB", "peak file MB"],
         cells,
     )
+    print(f"peak RSS above the bundle's own file: {row['peak_above_bundle_bytes'] / 1e6:.0f} MB")
     print("ONNX Runtime against PyTorch, largest error over RMS:", row["compared"])
 
 
