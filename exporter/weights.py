@@ -16,7 +16,7 @@ import torch
 
 from xexport.core.errors import CheckpointError
 
-__all__ = ["CheckpointTensor", "as_array", "bind", "check_tensors", "is_weight"]
+__all__ = ["CheckpointTensor", "as_array", "bind", "check_tensors"]
 
 _FLOATS = {
     ir.DataType.FLOAT: torch.float32,
@@ -127,11 +127,6 @@ class CheckpointTensor(ir.LazyTensor):
 
     def _whole(self) -> ir.Tensor[Any]:
         return ir.Tensor(self._converted(self._source), name=self.name)
-
-
-def is_weight(value: ir.Value | None) -> bool:
-    """Whether a value is an initializer (a weight or a constant of the graph)."""
-    return value is not None and value.is_initializer()
 
 
 def as_array(value: ir.Value) -> np.ndarray[Any, Any]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reversal import VOCABULARY, need, write_published
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -29,7 +30,6 @@ from xexport.models.rwkv import Rwkv, RwkvConfig
 FAMILY = get_family("rwkv")
 TINY = FAMILY.presets["tiny"]
 DATA = Path(__file__).parents[2] / "shared" / "data"
-REVERSE_VOCABULARY = "0123456789,#"
 
 
 def random_model(config: RwkvConfig = TINY, seed: int = 0) -> Rwkv:
@@ -56,13 +56,6 @@ def load_module(path: Path) -> Rwkv:
 def error(got: Tensor, want: Tensor) -> float:
     assert got.shape == want.shape
     return ((got - want).abs().max() / max(1.0, want.abs().max().item())).item()
-
-
-def need(name: str) -> Path:
-    path = DATA / name
-    if not path.is_file():
-        pytest.skip(f"{name} is not here: the shared test data is not part of the project")
-    return path
 
 
 @settings(max_examples=12, deadline=None)
@@ -177,32 +170,10 @@ def test_parity_with_the_rwkv_package(tmp_path: Path) -> None:
     assert error(state[5][0], oracle["shift"].flatten()) < TOLERANCES["oracle_fp32"]
 
 
-def reversal_in_the_published_layout(raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reversal model's keys, mapped to the LM layout with the optional biases."""
-    parts = {"e": "emb", "o": "head", "lno": "ln_out"}
-    for index in (0, 1):
-        block = f"blocks.{index}."
-        parts |= {
-            f"ln{index + 1}a": block + "ln1",
-            f"ln{index + 1}b": block + "ln2",
-            f"rwkv{index + 1}": block + "att",
-            f"ffn{index + 1}": block + "ffn",
-            f"rosa{index + 1}.o": block + "att.output",
-        }
-    out = {}
-    for name, tensor in raw.items():
-        for old, new in parts.items():
-            if name.startswith(old + ".") and not (old.startswith("rosa") and name.endswith("weight")):
-                out[new + name[len(old) :]] = tensor
-    return out
-
-
 @pytest.fixture(scope="module")
 def reversal(tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
-    raw = torch.load(need("rwkv7-reverse-l2.pth"), weights_only=True, map_location="cpu")
-    path = tmp_path_factory.mktemp("reversal") / "reverse.pth"
-    torch.save(reversal_in_the_published_layout(raw), path)
-    return load_module(path)
+    out = tmp_path_factory.mktemp("reversal") / "reverse.pth"
+    return load_module(write_published(need("rwkv7-reverse-l2.pth"), out))
 
 
 @pytest.mark.oracle
@@ -214,12 +185,12 @@ def test_trained_model_reverses_every_string_of_1_to_60_digits(reversal: Rwkv) -
     wrong = []
     for length in range(1, 61):
         digits = "".join(rng.choice("0123456789") for _ in range(length))
-        ids = [REVERSE_VOCABULARY.index(c) for c in digits + ","]
+        ids = [VOCABULARY.index(c) for c in digits + ","]
         logits, *state = reversal(torch.tensor([ids]), *zero_state(reversal, 1))
         written = ""
         for _ in range(length):
             token = logits[0, -1].argmax().item()
-            written += REVERSE_VOCABULARY[token]
+            written += VOCABULARY[token]
             logits, *state = reversal(torch.tensor([[token]]), *state)
         if written != digits[::-1]:
             wrong.append((digits, written))
