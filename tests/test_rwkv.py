@@ -29,7 +29,6 @@ from xexport.models.rwkv import Rwkv, RwkvConfig
 
 FAMILY = get_family("rwkv")
 TINY = FAMILY.presets["tiny"]
-DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def random_model(config: RwkvConfig = TINY, seed: int = 0) -> Rwkv:
