@@ -139,6 +139,7 @@ def _export_into(
     from xexport.exporter.graph import build_graph, write_graph
     from xexport.exporter.output import require_space
     from xexport.exporter.pages import release_pages
+    from xexport.exporter.passes import fuse
     from xexport.exporter.verify import verify
     from xexport.exporter.writer import file_entry
     from xexport.quant.apply import quantize, unread
@@ -159,6 +160,7 @@ def _export_into(
         progress=progress,
     )
     fp32 = output.bundle if exact else output.scratch
+    refusals = fuse(graph, target.fuse) if exact else []  # otherwise after quantization
     written = write_graph(graph, fp32, target.bodies, target.why, progress)
 
     progress.stage("verify against PyTorch")
@@ -189,12 +191,14 @@ def _export_into(
     )
     decisions += unread(source.tensors, decisions, source.roles)
     if not exact:
+        refusals = fuse(graph, target.fuse)
         written = write_graph(graph, output.bundle, target.bodies, target.why, progress)
     # large weights stay in the checkpoint's file until PyTorch is timed, where that would be unfair
     reference = module if source.parameters > _LARGE else source.eager()
     torch_stream = TorchStream(cast("ChunkModule", reference))
     corpus = corpus or _corpus(source, vocab, eval_text)
     write_reference(output.bundle / REFERENCE_NAME, torch_stream, corpus.tokens)
+    facts["refusals"] = refusals
     facts["extra_files"] = [file_entry(output.bundle / REFERENCE_NAME)]
     manifest = _describe(graph, written, info, target, source, decisions, facts)
     _write_manifest(output.bundle, manifest)

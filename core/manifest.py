@@ -21,6 +21,7 @@ __all__ = [
     "Lowering",
     "Manifest",
     "ModelInfo",
+    "Refusal",
     "StateTensor",
     "TensorDecision",
     "decode_manifest",
@@ -84,6 +85,14 @@ class TensorDecision(msgspec.Struct, frozen=True):
     error: float
 
 
+class Refusal(msgspec.Struct, frozen=True, rename={"pass_": "pass"}):
+    """A node that a pass of the exporter looked at and left as it is, and why."""
+
+    pass_: str
+    node: str
+    reason: str
+
+
 class ModelInfo(msgspec.Struct, frozen=True):
     """What was exported."""
 
@@ -124,6 +133,7 @@ class Manifest(msgspec.Struct, frozen=True):
     environment: dict[str, Any]
     warnings: tuple[str, ...] = ()
     figures: dict[str, Any] = {}
+    refusals: tuple[Refusal, ...] = ()
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

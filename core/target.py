@@ -25,6 +25,8 @@ class Target:
         precision: name of a quantization scheme (a row in quant/schemes.toml).
         graph_form: ``dynamic`` (one graph, any B and T) or ``static`` (T=1 and T=chunk).
         opset: ai.onnx operator set of the graph.
+        fuse: passes that put this project's own operators in the place of standard ones, in order: files
+            in exporter/passes/.
         bodies: operator -> variant of its function body; operators not listed use their default.
         provider_options, session_options: passed to the runtime as they are.
         why: reasons for the choices above, shown in the manifest.
@@ -37,6 +39,7 @@ class Target:
     precision: str
     graph_form: str = "dynamic"
     opset: int = 23
+    fuse: list[str] = field(default_factory=list)
     bodies: dict[str, str] = field(default_factory=dict)
     provider_options: dict[str, str] = field(default_factory=dict)
     session_options: dict[str, str] = field(default_factory=dict)
@@ -79,7 +82,7 @@ def parse_target(name: str, text: str) -> Target:
     for key, value in row.items():
         if key not in known:
             raise unknown_name(f"key in target {name!r}", key, known)
-        wanted = {"str": str, "int": int}.get(str(known[key].type), dict)
+        wanted = {"str": str, "int": int, "list[str]": list}.get(str(known[key].type), dict)
         if not isinstance(value, wanted):
             raise TargetError(
                 f"key {key!r} of target {name!r} has a wrong type",

@@ -14,6 +14,7 @@ from xexport.core.manifest import (
     FileEntry,
     Manifest,
     ModelInfo,
+    Refusal,
     StateTensor,
     TensorDecision,
 )
@@ -34,6 +35,7 @@ def describe(
     specs: Sequence[StateSpec],
     *,
     decisions: Sequence[TensorDecision] = (),
+    refusals: Sequence[Refusal] = (),
     tokenizer: dict[str, Any],
     checks: dict[str, Any],
     environment: dict[str, Any],
@@ -65,4 +67,5 @@ def describe(
         checks=checks,
         environment=environment,
         warnings=tuple(warnings),
+        refusals=tuple(refusals),
     )

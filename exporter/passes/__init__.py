@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib import import_module
+
 import onnx_ir as ir
 
-__all__ = ["optimize"]
+from xexport.core.manifest import Refusal
+
+__all__ = ["fuse", "optimize"]
 
 
 def optimize(model: ir.Model) -> dict[str, int]:
@@ -23,3 +28,15 @@ def optimize(model: ir.Model) -> dict[str, int]:
     ):
         counts[title] = step(model)
     return counts
+
+
+def fuse(model: ir.Model, names: Iterable[str]) -> list[Refusal]:
+    """The passes that a target asks for (``fuse`` in its TOML), in their order, after quantization.
+
+    Each is a file here with ``rewrite(model) -> list[Refusal]``: nodes become operators of this project,
+    and a node that is left as it is has its reason.
+    """
+    refusals: list[Refusal] = []
+    for name in names:
+        refusals += import_module(f"xexport.exporter.passes.{name}").rewrite(model)
+    return refusals
