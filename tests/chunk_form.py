@@ -1,0 +1,147 @@
+"""What every family is asked: the chunk law, its training form, and its exports to every target."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from exported import TARGETS
+from tolerances import TOLERANCES
+from torch import Tensor
+
+from xexport.core.checkpoint import open_checkpoint
+from xexport.core.family import Family
+from xexport.core.state import StateSpec, state_shape
+
+__all__ = [
+    "TARGETS",
+    "check_cuts",
+    "check_export",
+    "check_gradients",
+    "check_init",
+    "check_training_form",
+    "error",
+    "load_module",
+    "new_state",
+    "operators",
+    "random_model",
+    "role",
+]
+
+
+def random_model(family: Family, config: Any, seed: int = 0) -> Any:
+    """Initial weights plus noise, so that no path is close to zero."""
+    torch.manual_seed(seed)
+    module = family.build(config).eval().requires_grad_(False)
+    family.init(module, seed)
+    for p in module.parameters():
+        p.add_(torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.5 * p.shape[-1] ** -0.5))
+    return module
+
+
+def new_state(module: Any, batch: int) -> list[Tensor]:
+    """The state before the first token."""
+    specs: list[StateSpec] = module.state_spec()
+    return [torch.full(state_shape(s, batch), s.init, dtype=getattr(torch, s.dtype)) for s in specs]
+
+
+def load_module(family: Family, path: Path) -> Any:
+    """The module of a checkpoint, with its weights."""
+    loaded = family.load(open_checkpoint(path))
+    module = family.build(loaded.config).eval().requires_grad_(False)
+    module.load_state_dict(loaded.tensors)
+    return module
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Largest error, relative to the largest expected value if that is above 1."""
+    assert got.shape == want.shape
+    return ((got - want).abs().max() / max(1.0, want.abs().max().item())).item()
+
+
+def check_cuts(module: Any, batch: int, lengths: list[int]) -> None:
+    """The chunk law from a state that has seen some tokens, and from the first one."""
+    tokens = torch.randint(0, module.vocab_size, (batch, sum(lengths)))
+    first = new_state(module, batch)
+    _, *used = module(torch.randint(0, module.vocab_size, (batch, 5)), *first)
+    for start in (first, used):
+        whole, *end = module(tokens, *start)
+        state, pieces = start, []
+        for piece in tokens.split(lengths, 1):
+            logits, *state = module(piece, *state)
+            pieces.append(logits)
+        assert error(torch.cat(pieces, 1), whole) < TOLERANCES["model_fp32"]
+        for spec, got, want in zip(module.state_spec(), state, end, strict=True):
+            assert error(got, want) < TOLERANCES["model_fp32"], spec.name
+
+
+def check_training_form(family: Family, config: Any) -> None:
+    """It is the chunk form from the first state, and shares its parameters."""
+    module = random_model(family, config)
+    training = family.train_form(config)
+    training.load_state_dict(module.state_dict())
+    tokens = torch.randint(0, module.vocab_size, (2, 37))
+    want = module(tokens, *new_state(module, 2))[0]
+    assert error(training(tokens).detach(), want) < TOLERANCES["model_fp32"]
+    assert set(family.from_training(config, training.state_dict())) == set(module.state_dict())
+
+
+def check_gradients(family: Family, config: Any) -> None:
+    """Every parameter gets one from the initial values."""
+    training = family.train_form(config)
+    family.init(training, 0)
+    tokens = torch.randint(0, training.vocab_size, (2, 20))
+    training(tokens).log_softmax(-1)[..., 3].mean().backward()
+    without = [n for n, p in training.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def check_init(family: Family, config: Any) -> None:
+    """The initial values depend on the seed alone."""
+    one, two, other = (family.build(config) for _ in range(3))
+    for module, seed in ((one, 7), (two, 7), (other, 8)):
+        family.init(module, seed)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def operators(family: Family, config: Any) -> list[str]:
+    """The operators of an export with dynamic batch and length: nothing of it depends on either."""
+    with torch.device("meta"):
+        module = family.build(config)
+        args = (torch.zeros(2, 3, dtype=torch.int64), *new_state(module, 2))
+    batch, length = torch.export.Dim("B"), torch.export.Dim("T")
+    shapes = {"tokens": {0: batch, 1: length}, "state": tuple({0: batch} for _ in args[1:])}
+    program = torch.export.export(module, args, dynamic_shapes=shapes)
+    return [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+
+
+def check_export(exporter: Any, family: str, target: str) -> None:
+    """The bundle of the tiny preset against PyTorch: at once, step by step, and what its manifest says."""
+    import xexport
+    from xexport.models._resolve import resolve
+
+    bundle = xexport.load(exporter(family, target))
+    module: Any = resolve(family, preset="tiny").eager()
+    tokens = np.random.default_rng(2).integers(0, module.vocab_size, 23)
+    want = module(torch.from_numpy(tokens)[None], *new_state(module, 1))[0][0].numpy()
+    stream = bundle.stream()
+    at_once = stream.feed(tokens)[0]
+    stream.reset()
+    steps = np.concatenate([stream.feed([t])[0] for t in tokens])
+    allowed = TOLERANCES[f"tiny_logits_{target.removeprefix('cpu-')}"]
+    for got in (at_once, steps):
+        assert got.shape == want.shape
+        assert float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))) < allowed
+    checks = bundle.manifest.checks
+    assert set(checks["parity"]) >= {"B=1,T=1", "B=2,T=1", "B=1,T=3", "B=3,T=5"}
+    assert max(*checks["parity"].values(), checks["chunk_error_onnx"]) < TOLERANCES["model_fp32"]
+
+
+def role(family: Family, config: Any, name: str) -> str:
+    """The role of a parameter that the model has."""
+    assert name in family.build(config).state_dict()
+    return next(r for pattern, r in family.roles if fnmatch.fnmatchcase(name, pattern))
