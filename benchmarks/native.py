@@ -11,12 +11,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
 from common import header, microseconds, options, save, table
+from onnx import helper, numpy_helper
 
 from xexport.core.registry import get_op
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
@@ -32,14 +34,17 @@ def bound(
     name: str, x: Arrays, variant: str, *, library: str = "", constant: Sequence[str] = (), **attributes: int
 ) -> Callable[[], Any]:
     """A call of one operator through a persistent IO binding, by its kernel or by one of its bodies."""
+    model = op_model(get_op(name), x, variant, 23, attributes, constant=constant)
+    return open_bound(model.SerializeToString(), {n: a for n, a in x.items() if n not in constant}, library)
+
+
+def open_bound(model: bytes, feed: Arrays, library: str = "") -> Callable[[], Any]:
     given = ort.SessionOptions()
     given.intra_op_num_threads = 1
     given.log_severity_level = 3
     if library:
         given.register_custom_ops_library(library)
-    model = op_model(get_op(name), x, variant, 23, attributes, constant=constant)
-    session = ort.InferenceSession(model.SerializeToString(), given, providers=["CPUExecutionProvider"])
-    feed = {n: a for n, a in x.items() if n not in constant}
+    session = ort.InferenceSession(model, given, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
     for input_name, array in feed.items():
         binding.bind_ortvalue_input(input_name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -103,6 +108,44 @@ def scan_inputs(T: int, D: int = 1536, N: int = 16) -> Arrays:
     return {n: a.astype(np.float32) for n, a in x.items()}
 
 
+def short_inputs(T: int, D: int, K: int) -> Arrays:
+    rng = np.random.default_rng(0)
+    shapes = {"x": (1, T, D), "weight": (K, D), "bias": (D,), "state": (1, K - 1, D)}
+    return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+
+
+def contrib_conv(x: Arrays, silu: bool) -> Callable[[], Any]:
+    """onnxruntime's own com.microsoft::CausalConvWithState, from 1.31 on."""
+    weight = np.ascontiguousarray(x["weight"].T[:, None])
+    inits = [numpy_helper.from_array(a, n) for n, a in (("weight", weight), ("bias", x["bias"]))]
+    node = helper.make_node(
+        "CausalConvWithState",
+        ["x", "weight", "bias", "state"],
+        ["y", "new_state"],
+        domain="com.microsoft",
+        channels_last=1,
+        activation="silu" if silu else "none",
+    )
+    given = [helper.make_tensor_value_info(n, 1, x[n].shape) for n in ("x", "state")]
+    outs = [helper.make_tensor_value_info(n, 1, None) for n in ("y", "new_state")]
+    graph = helper.make_graph([node], "contrib", given, outs, inits)
+    opsets = [helper.make_opsetid(d, v) for d, v in (("", 23), ("com.microsoft", 1))]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return open_bound(model.SerializeToString(), {n: x[n] for n in ("x", "state")})
+
+
+def short_convolution(T: int, D: int, K: int, silu: bool, library: str, rounds: int) -> Row:
+    x, constant = short_inputs(T, D, K), ["weight", "bias"]
+    calls = {}
+    for label, variant, where in (("kernel", "auto", library), ("body", "step" if T == 1 else "conv", "")):
+        calls[label] = bound(
+            "causal_conv1d", x, variant, library=where, constant=constant, channels=D, silu=int(silu)
+        )
+    with suppress(Exception):  # an older onnxruntime lacks the operator
+        calls["contrib"] = contrib_conv(x, silu)
+    return row(f"causal_conv1d D={D} K={K}{' silu' if silu else ''}, T={T}", calls, rounds)
+
+
 def convolution(L: int, library: str, rounds: int, *, body: bool, D: int = 256) -> Row:
     """Against torch.fft with the filter's spectrum computed beforehand, as the kernel keeps it too."""
     rng = np.random.default_rng(0)
@@ -153,6 +196,9 @@ def main() -> None:
         bodies = ["step", "scan"] if T == 1 else ["scan"]
         work = f"selective_scan D=1536 N=16, T={T}"
         rows.append(recurrence("selective_scan", scan_inputs(T), bodies, library, work, rounds))
+    for D, K, silu in ((1536, 4, True), (2304, 3, False)):
+        for T in (1, 64 if arguments.quick else 512):
+            rows.append(short_convolution(T, D, K, silu, library, rounds))
     for L in (1000, 1024) if arguments.quick else (1000, 1024, 1100, 2048, 8192, 65536):
         rows.append(convolution(L, library, rounds if L < 10000 else 5, body=L <= 1024))
     table(

@@ -49,6 +49,7 @@ from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
 
@@ -147,10 +148,8 @@ class _Mixer(nn.Module):
 
     def projected(self, x: Tensor, before: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """The N+1 short-convolved projections of ``x [B,T,d]``, and the last two projections."""
-        u = torch.cat((before, self.in_proj(x)), 1)
-        w = self.conv_weight
-        z = u[:, :-2] * w[0] + u[:, 1:-1] * w[1] + u[:, 2:] * w[2] + self.conv_bias
-        return torch.split(z, self.c.width, -1), u[:, -2:]
+        z, after = causal_conv1d(self.in_proj(x), self.conv_weight, self.conv_bias, before)
+        return torch.split(z, self.c.width, -1), after
 
 
 class _Block(nn.Module):

@@ -15,8 +15,7 @@ Symbols (B batch, T tokens, d width, D inner width, N state size, K kernel, R ra
 State per layer: ``conv`` [B,K-1,D], the last inputs of the short convolution (channels last, oldest
 first; [3] keeps K of them, channels first), and ``ssm`` [B,D,N].
 
-Departure: the depthwise convolution of K = 4 taps is written as K shifted products. It needs no
-transposes, and it is what runs fastest at T = 1.
+The depthwise convolution and its SiLU are the operator causal_conv1d, channels last.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, re
 from xexport.core.errors import CheckpointError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.selective_scan.reference import selective_scan
 
 __all__ = ["FAMILY", "Mamba", "MambaConfig", "MambaTraining"]
@@ -99,7 +99,6 @@ class _Mixer(nn.Module):
         super().__init__()
         D, N, R, K = config.inner, config.state_size, config.rank, config.conv_kernel
         self.sizes = (R, N, N)
-        self.kernel = K
         self.A_log = nn.Parameter(torch.zeros(D, N))
         self.D = nn.Parameter(torch.ones(D))
         self.conv1d = nn.Conv1d(D, D, K, groups=D, bias=config.conv_bias)
@@ -109,22 +108,15 @@ class _Mixer(nn.Module):
         self.out_proj = nn.Linear(D, config.width, bias=config.projection_bias)
 
     def _convolve(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Causal depthwise convolution: (x [B,T,D], last [B,K-1,D]) -> (y [B,T,D], new last)."""
-        K = self.kernel
-        past = torch.cat((last, x), 1)
-        taps = self.conv1d.weight[:, 0].t()  # [K,D]
-        y = past[:, K - 1 :] * taps[K - 1]
-        for tap in range(K - 1):
-            y = y + past[:, tap : tap - K + 1] * taps[tap]
-        if self.conv1d.bias is not None:
-            y = y + self.conv1d.bias
-        return y, past[:, -(K - 1) :]
+        """Causal depthwise convolution, then SiLU: (x [B,T,D], last [B,K-1,D]) -> (y [B,T,D], new last)."""
+        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        return causal_conv1d(x, weight.t(), bias, last, silu=True)
 
     def forward(self, x: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x [B,T,d], conv [B,K-1,D], ssm [B,D,N]) -> (y [B,T,d], new conv, new ssm)."""
         x, z = self.in_proj(x).chunk(2, -1)
         x, conv = self._convolve(x, conv)
-        x = F.silu(x)
         dt, B, C = self.x_proj(x).split(self.sizes, -1)
         dt = F.softplus(self.dt_proj(dt))
         y, ssm = selective_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, ssm)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tolerances import TOLERANCES
 
 from xexport.core.op import DOMAIN
 from xexport.core.registry import get_op
+from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
 from xexport.ops.run import run_body
@@ -165,6 +167,20 @@ def cached_inputs(B: int, D: int, L: int, T: int, pos: int, seed: int = 0) -> Ar
     return x | {"cache": cache, "pos": np.array([pos])}
 
 
+def short_inputs(B: int, T: int, D: int, K: int, seed: int = 0) -> Arrays:
+    rng = np.random.default_rng((seed, B, T, D, K))
+    shapes = {"x": (B, T, D), "weight": (K, D), "bias": (D,), "state": (B, K - 1, D)}
+    return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+
+
+def short_attributes(x: Arrays, silu: bool) -> dict[str, int]:
+    return {"channels": x["x"].shape[2], "silu": int(silu)}
+
+
+def short_reference(x: Arrays, silu: bool) -> list[np.ndarray]:
+    return reference(lambda *tensors: causal_conv1d(*tensors, silu=silu), x)
+
+
 # Parity: reference, body, kernel
 
 dims = st.integers(1, 3)
@@ -219,6 +235,52 @@ def test_fft_conv_cached_three_ways(
     assert max(map(error, got, body)) <= TOLERANCES["op_fp32"]
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    B=dims,
+    T=lengths,
+    D=st.integers(1, 70),
+    K=st.integers(1, 7),
+    silu=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_causal_conv1d_three_ways(
+    library: Path, B: int, T: int, D: int, K: int, silu: bool, seed: int
+) -> None:
+    x = short_inputs(B, T, D, K, seed)
+    want, attributes = short_reference(x, silu), short_attributes(x, silu)
+    body = run_body(get_op("causal_conv1d"), x, "auto", attributes=attributes)
+    for got in (kernel("causal_conv1d", x, library, **attributes), body):
+        assert error(got[0], want[0]) <= TOLERANCES["op_fp32"]
+        np.testing.assert_array_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 130])
+@pytest.mark.parametrize(("D", "K"), [(1, 4), (33, 3), (64, 4), (70, 1), (40, 9)])
+def test_causal_conv1d_on_every_instruction_set(library: Path, isa: str, T: int, D: int, K: int) -> None:
+    x = short_inputs(2, T, D, K)
+    got = kernel("causal_conv1d", x, library, isa, **short_attributes(x, True))
+    want = short_reference(x, True)
+    assert error(got[0], want[0]) <= TOLERANCES["op_fp32"]
+    np.testing.assert_array_equal(got[1], want[1])
+
+
+def test_silu_of_any_number(library: Path, isa: str) -> None:
+    """From where its result underflows to where it is the number itself, and what isn't one."""
+    v = np.array([-np.inf, -3e38, -200, -90, -88, -60, -1e-30, 0, 1e-30, 1, 60, 90, 3e38, np.inf, np.nan])
+    x = {"x": v[None, :, None].repeat(33, 2), "weight": np.ones((1, 33)), "bias": np.zeros(33)}
+    x |= {"state": np.zeros((1, 0, 33))}
+    x = {n: a.astype(np.float32) for n, a in x.items()}
+    (y, _), (want, _) = (
+        kernel("causal_conv1d", x, library, isa, channels=33, silu=1),
+        short_reference(x, True),
+    )
+    # half an ulp of an exponent near 130 is 4e-6 of the result; -90 and less end in denormals or zero
+    far = v < -30
+    np.testing.assert_allclose(y[:, far], want[:, far], rtol=8e-6, atol=1e-36)
+    np.testing.assert_allclose(y[:, ~far], want[:, ~far], rtol=TOLERANCES["native_exp"])
+
+
 @pytest.mark.parametrize("T", [1, 2, 5, 6, 33])
 @pytest.mark.parametrize("N", [7, 16, 32, 64, 72])
 def test_wkv7_on_every_instruction_set(library: Path, isa: str, T: int, N: int) -> None:
@@ -258,6 +320,7 @@ CASES: dict[str, tuple[Arrays, dict[str, int]]] = {
     "selective_scan": (scan_inputs(2, 90, 200, 16), {}),
     "fft_conv": (conv_inputs(2, 40, 900, 900), sizes(900)),
     "fft_conv_cached": (cached_inputs(2, 40, 900, 700, 100), sizes(900)),
+    "causal_conv1d": (short_inputs(2, 300, 300, 4), {"channels": 300, "silu": 1}),
 }
 
 
@@ -270,34 +333,37 @@ def test_threads_change_nothing(library: Path, name: str) -> None:
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["wkv7", "selective_scan", "fft_conv_cached"])
-@pytest.mark.parametrize("T", [1, 20])
+def _stateful(name: str, T: int) -> tuple[Arrays, dict[str, int], Any, tuple[int, ...]]:
+    """Inputs and attributes of an operator with state, its reference and that one's last arguments."""
+    if name == "fft_conv_cached":
+        return cached_inputs(2, 3, 50, T, 10), sizes(50), fft_conv_cached, fft_sizes(50)
+    if name == "causal_conv1d":
+        x = short_inputs(2, T, 9, 4)
+        return x, short_attributes(x, True), partial(causal_conv1d, silu=True), ()
+    if name == "wkv7":
+        return wkv7_inputs(2, T, 2, 16), {}, wkv7, ()
+    return scan_inputs(2, T, 20, 16), {}, selective_scan, ()
+
+
+@pytest.mark.parametrize("name", ["wkv7", "selective_scan", "fft_conv_cached", "causal_conv1d"])
+@pytest.mark.parametrize("T", [1, 2, 20])
 def test_state_updated_in_place(library: Path, name: str, T: int) -> None:
     """Two nodes in a row: ONNX Runtime lets the second write its state over the first one's."""
-    if name == "fft_conv_cached":
-        x, rest, function = cached_inputs(2, 3, 50, T, 10), fft_sizes(50), fft_conv_cached
-        attributes = sizes(50)
-    else:
-        x = wkv7_inputs(2, T, 2, 16) if name == "wkv7" else scan_inputs(2, T, 20, 16)
-        rest, function, attributes = (), wkv7 if name == "wkv7" else selective_scan, {}
+    x, attributes, function, rest = _stateful(name, T)
     state = next(n for n in x if n in ("state", "cache"))
     middle = reference(function, x, *rest)
     want = reference(function, x | {state: middle[1]}, *rest)
     assert max(map(error, kernel(name, x, library, times=2, **attributes), want)) <= TOLERANCES["op_fp32"]
 
 
-@pytest.mark.parametrize("name", ["wkv7", "selective_scan", "fft_conv_cached"])
+@pytest.mark.parametrize("name", ["wkv7", "selective_scan", "fft_conv_cached", "causal_conv1d"])
 def test_no_tokens_leave_the_state_alone(library: Path, name: str) -> None:
-    x = {
-        "wkv7": wkv7_inputs(1, 1, 2, 8),
-        "selective_scan": scan_inputs(1, 1, 9, 4),
-        "fft_conv_cached": cached_inputs(1, 3, 9, 1, 4),
-    }[name]
-    kept = {"state", "cache", "h", "pos", "A", "D"}
+    x, attributes, *_ = _stateful(name, 1)
+    kept = {"state", "cache", "h", "pos", "A", "D", "weight", "bias"}
     empty = {
         n: a if n in kept else a[..., :0] if name == "fft_conv_cached" else a[:, :0] for n, a in x.items()
     }
-    y, state = kernel(name, empty, library, **(sizes(9) if name == "fft_conv_cached" else {}))
+    y, state = kernel(name, empty, library, **attributes)
     assert y.size == 0
     np.testing.assert_array_equal(state, x["cache" if name == "fft_conv_cached" else "state"])
 
@@ -387,7 +453,7 @@ def test_the_kernel_ran_and_without_it_the_body(library: Path, tmp_path: Path, n
     assert _events(model, x, _options(library), tmp_path) == {name}
     inlined = _events(model, x, _options(None), tmp_path)
     assert name not in inlined
-    assert "MatMul" in inlined
+    assert {"MatMul", "Conv"} & inlined
 
 
 # What is refused
@@ -402,6 +468,13 @@ BAD_SHAPES = {
     "conv-short": ("fft_conv", {"h": (3, 6)}, "9 points, a filter of 6"),
     "conv-wrap": ("fft_conv", {"h": (3, 90)}, "a filter of 90, a transform of 32"),
     "cached-cache": ("fft_conv_cached", {"cache": (1, 3, 8)}, "cache must be float32 [1,3,9]"),
+    "short-channels": (
+        "causal_conv1d",
+        {"x": (1, 2, 7)},
+        "x must be float32 [any,any,9], got float32 [1,2,7]",
+    ),
+    "short-weight": ("causal_conv1d", {"weight": (0, 9)}, "weight must have a tap at least"),
+    "short-state": ("causal_conv1d", {"state": (1, 4, 9)}, "state must be float32 [1,3,9]"),
     "cached-pos": ("fft_conv_cached", {"pos": (2,)}, "pos must be int64 [1], got int64 [2]"),
 }
 
@@ -412,6 +485,7 @@ def _small(name: str) -> tuple[Arrays, dict[str, int]]:
         "selective_scan": (scan_inputs(1, 2, 20, 16), {}),
         "fft_conv": (conv_inputs(1, 3, 9, 9), sizes(9)),
         "fft_conv_cached": (cached_inputs(1, 3, 9, 2, 4), sizes(9)),
+        "causal_conv1d": (short_inputs(1, 2, 9, 4), {"channels": 9, "silu": 1}),
     }[name]
 
 

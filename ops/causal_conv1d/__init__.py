@@ -1,0 +1,1 @@
+"""Stateful causal short convolution, one filter a channel, with an optional SiLU."""
