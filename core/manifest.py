@@ -16,6 +16,7 @@ from xexport.core.errors import BundleError
 __all__ = [
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
+    "Appended",
     "FileEntry",
     "GraphTensor",
     "Lowering",
@@ -50,6 +51,18 @@ class GraphTensor(msgspec.Struct, frozen=True):
     shape: tuple[int | str, ...]
 
 
+class Appended(msgspec.Struct, frozen=True):
+    """A state tensor that one node reads and only appends to, so that its kernel may update it in place.
+
+    The node is of operator ``op``; the stream lies along ``axis`` and ends at the value of the state
+    tensor ``position``, [1] int64, behind which there is nothing yet.
+    """
+
+    op: str
+    axis: int
+    position: str
+
+
 class StateTensor(msgspec.Struct, frozen=True):
     """One state tensor: graph input ``name``, graph output ``output``, value before the first token."""
 
@@ -58,6 +71,7 @@ class StateTensor(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int | str, ...]
     init: float
+    appended: Appended | None = None
 
 
 class Lowering(msgspec.Struct, frozen=True):

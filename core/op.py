@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["DOMAIN", "Body", "OpSpec"]
+__all__ = ["DOMAIN", "Append", "Body", "OpSpec"]
 
 DOMAIN = "xexport"
 
@@ -29,6 +29,24 @@ class Body:
 
 
 @dataclass(frozen=True)
+class Append:
+    """What an output is to an input that holds a stream so far: the same, with this call's values in it.
+
+    A kernel may write it over the input: should the run fail later on, what the stream holds, up to its
+    position, is as before.
+
+    Attributes:
+        source: name of that input.
+        position: name of the input, [1] int64, that says where the call's values begin.
+        axis: of the stream.
+    """
+
+    source: str
+    position: str
+    axis: int
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """One operator; arity is fixed and every attribute is always written.
 
@@ -42,6 +60,7 @@ class OpSpec:
             which case the body is the same-named local fallback.
         op_type: name in the graph where it differs from ``name``.
         depends: names of other operators that bodies call.
+        appends: outputs that are an input with something written behind it.
     """
 
     name: str
@@ -53,6 +72,7 @@ class OpSpec:
     domain: str = DOMAIN
     op_type: str | None = None
     depends: tuple[str, ...] = ()
+    appends: Mapping[str, Append] = field(default_factory=dict)
 
     @property
     def graph_name(self) -> str:

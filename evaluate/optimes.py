@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from xexport.core.errors import RuntimeFailure
-from xexport.core.manifest import StateTensor
 from xexport.core.records import OpTime, OpTimes, Setup
 
 __all__ = ["parse_profile", "profile_ops"]
@@ -93,7 +92,7 @@ def profile_ops(
         cell = engine.cell(1)
         for index in range(warmup + steps):
             if index == 0 or tokens_per_call > 1:
-                cell.write(_first_state(manifest.state))
+                cell.reset()
             at = index * tokens_per_call
             ids = np.take(source, range(at, at + tokens_per_call), mode="wrap")
             cell.run(np.ascontiguousarray(ids[None, :]))
@@ -105,11 +104,6 @@ def profile_ops(
             tokens_per_call=tokens_per_call,
             skip=warmup,
         )
-
-
-def _first_state(state: Sequence[StateTensor]) -> dict[str, Any]:
-    """State tensor -> its value before the first token, at batch 1."""
-    return {s.name: np.full([1 if d == "B" else int(d) for d in s.shape], s.init, s.dtype) for s in state}
 
 
 def _events(path: Path) -> list[dict[str, Any]]:

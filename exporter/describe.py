@@ -20,6 +20,7 @@ from xexport.core.manifest import (
 )
 from xexport.core.state import StateSpec
 from xexport.core.target import Target
+from xexport.exporter.appended import appended_states
 from xexport.exporter.graph import Written, graph_tensors
 from xexport.exporter.trace import output_name
 from xexport.exporter.writer import GRAPH_NAME
@@ -43,6 +44,7 @@ def describe(
     extra_files: Sequence[FileEntry] = (),
 ) -> Manifest:
     """Everything a device needs, and every decision with its reason; figures are added later."""
+    appended = appended_states(model, [s.name for s in specs])
     return Manifest(
         schema_version=SCHEMA_VERSION,
         xexport_version=xexport.__version__,
@@ -60,7 +62,10 @@ def describe(
         files=(*written.files, *extra_files),
         inputs=graph_tensors(model.graph.inputs),
         outputs=graph_tensors(model.graph.outputs),
-        state=tuple(StateTensor(s.name, output_name(s.name), s.dtype, s.shape, s.init) for s in specs),
+        state=tuple(
+            StateTensor(s.name, output_name(s.name), s.dtype, s.shape, s.init, appended.get(s.name))
+            for s in specs
+        ),
         tokenizer=tokenizer,
         lowerings=written.lowerings,
         decisions=tuple(decisions),

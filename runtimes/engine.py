@@ -20,6 +20,9 @@ class Cell(Protocol):
     def read(self) -> dict[str, Any]:
         """A copy of every state tensor by name (numpy)."""
 
+    def reset(self) -> None:
+        """Back to the state before the first token."""
+
     def write(self, tensors: Mapping[str, Any]) -> None:
         """Overwrite every state tensor; names, shapes and dtypes have been checked."""
 

@@ -29,11 +29,13 @@ class NativeKernels:
         reason: one sentence for ``xexport doctor`` and the report.
         isa: the instruction set that sessions get; empty without a library, or if ``XEXPORT_ISA`` asks
             for one that this machine lacks (a session then fails and says so).
+        in_place: operators whose kernel may write its new state over the old one.
     """
 
     path: Path | None
     reason: str
     isa: str = ""
+    in_place: frozenset[str] = frozenset()
 
     @property
     def available(self) -> bool:
@@ -68,10 +70,11 @@ def _described(path: Path) -> NativeKernels:
         library.xexport_native_isa.restype = ctypes.c_char_p
         isa = (library.xexport_native_isa() or b"").decode()
         oldest = int(library.xexport_native_oldest_minor())
+        library.xexport_native_in_place.restype = ctypes.c_char_p
+        in_place = frozenset((library.xexport_native_in_place() or b"").decode().split(",")) - {""}
     except (OSError, AttributeError) as error:
         return NativeKernels(None, f"no native kernels: {path.name} can't be loaded: {error}")
     asked = os.environ.get("XEXPORT_ISA")
     kind = isa or f"XEXPORT_ISA={asked}, which this machine lacks"
-    return NativeKernels(
-        path, f"native kernels from {path.name}: {kind}; onnxruntime 1.{oldest} or newer", isa
-    )
+    reason = f"native kernels from {path.name}: {kind}; onnxruntime 1.{oldest} or newer"
+    return NativeKernels(path, reason, isa, in_place)

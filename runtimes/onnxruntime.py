@@ -1,15 +1,16 @@
 """ONNX Runtime: opening a bundle's graph, and state that lives in ping-pong IO bindings.
 
-A stream keeps two sets of state buffers. One binding reads set 0 and writes set 1, the other the
-reverse; both are made once, so a token costs no Python work per state tensor. Measured with
-onnxruntime 1.31 on one Zen 3 core: ``Stream.feed`` of one token costs 8 us + 0.3 us a state tensor
-(checks and the caller's copy of the logits included), ``session.run`` with numpy 10 us + 2.7 us.
+A stream keeps two sets of state buffers (state_buffers.py). One binding reads set 0 and writes set 1, the
+other the reverse; both are made once, so a token costs no Python work per state tensor. A cache that a native
+kernel appends to is bound to input and output at once. Measured with onnxruntime 1.31 on one Zen 3 core:
+``Stream.feed`` of one token costs 8 us + 0.3 us a state tensor (checks and the caller's copy of the logits
+included), ``session.run`` with numpy 10 us + 2.7 us.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from xexport.core.errors import BundleError, RuntimeFailure
 from xexport.core.manifest import Manifest, safe_path
 from xexport.runtimes.inputs import Ids
 from xexport.runtimes.native import NativeKernels, find_native
+from xexport.runtimes.state_buffers import StateBuffers, aligned, check_appended
 
 __all__ = ["OrtCell", "OrtEngine", "open_engine", "unavailable"]
 
 Array = npt.NDArray[Any]
-_ALIGNMENT = 64
 _OLDEST = (1, 23)  # the first with every operator of opset 23; 1.22.1 refuses the graph
 
 
@@ -71,6 +72,7 @@ def open_engine(
             got=why,
             fix="run it where that provider is installed, or export for a target `xexport doctor` can run",
         )
+    check_appended(manifest.state)
     native = find_native()
     options = _session_options(manifest, threads, native)
     if profile_prefix is not None:
@@ -109,7 +111,17 @@ class OrtEngine:
 
     def cell(self, batch: int) -> OrtCell:
         """State buffers and bindings for ``batch`` parallel sequences."""
-        return OrtCell(self.session, self.manifest, batch)
+        return OrtCell(self.session, self.manifest, batch, self.in_place())
+
+    def in_place(self) -> frozenset[str]:
+        """State tensors with one buffer: appended to by a kernel that is there and writes in place.
+
+        A function body is no such thing: it may read the old value after it has written the new one.
+        """
+        if self.native.path is None or self.manifest.provider != "CPUExecutionProvider":
+            return frozenset()
+        able = self.native.in_place
+        return frozenset(s.name for s in self.manifest.state if s.appended and s.appended.op in able)
 
 
 class OrtCell:
@@ -119,20 +131,20 @@ class OrtCell:
         session: an opened session; any number of cells may use it, from any thread.
         manifest: names, shapes and dtypes of the state.
         batch: B, fixed for the life of the cell.
+        in_place: state tensors that the graph's kernels update in place.
+
+    Attributes:
+        buffers: the state.
     """
 
-    def __init__(self, session: Any, manifest: Manifest, batch: int) -> None:
+    def __init__(self, session: Any, manifest: Manifest, batch: int, in_place: Collection[str] = ()) -> None:
         self._session = session
         self._state = manifest.state
-        self._batch = batch
         self._vocab = manifest.model.vocab_size
-        self._sets = tuple(
-            {s.name: _aligned(_concrete(s.shape, batch), s.dtype) for s in self._state} for _ in range(2)
-        )
-        self._values = tuple({n: _share(a) for n, a in buffers.items()} for buffers in self._sets)
-        self._side = 0
-        self._ids = _aligned((batch, 1), "int64")
-        self._logits = _aligned((batch, 1, self._vocab), "float32")
+        self.buffers = StateBuffers(manifest.state, batch, in_place)
+        self._values = tuple({n: _share(a) for n, a in each.items()} for each in self.buffers.sets)
+        self._ids = aligned((batch, 1), "int64")
+        self._logits = aligned((batch, 1, self._vocab), "float32")
         self._step = self._binding_pair()
         for binding in self._step:
             _bind_tokens(binding, self._ids, self._logits)
@@ -147,29 +159,33 @@ class OrtCell:
         if self._chunk is None:
             self._chunk = self._binding_pair()
         logits = np.empty((*ids.shape, self._vocab), np.float32)
-        _bind_tokens(self._chunk[self._side], ids, logits)
+        _bind_tokens(self._chunk[self.buffers.side], ids, logits)
         self._execute(self._chunk)
         return logits
 
     def read(self) -> dict[str, Array]:
         """A copy of the present state."""
-        return {name: buffer.copy() for name, buffer in self._sets[self._side].items()}
+        return self.buffers.read()
+
+    def reset(self) -> None:
+        """Back to the state before the first token."""
+        self.buffers.reset()
 
     def write(self, tensors: Mapping[str, Array]) -> None:
         """Overwrite the present state."""
-        for name, buffer in self._sets[self._side].items():
-            np.copyto(buffer, tensors[name], casting="no")
+        self.buffers.write(tensors)
 
     def _execute(self, pair: tuple[Any, Any]) -> None:
         try:
-            self._session.run_with_iobinding(pair[self._side])
+            self._session.run_with_iobinding(pair[self.buffers.side])
         except Exception as error:  # ORT's exception classes share no public base
+            self.buffers.undo()
             raise RuntimeFailure(
                 "ONNX Runtime failed to run the graph",
                 got=_first_line(error),
                 fix="feed shorter chunks if memory ran out; else run `xexport validate` on the bundle",
             ) from error
-        self._side ^= 1
+        self.buffers.commit()
 
     def _binding_pair(self) -> tuple[Any, Any]:
         """Bindings of the state alone: 0 -> 1 and 1 -> 0."""
@@ -193,19 +209,6 @@ def _share(array: Array) -> Any:
     import onnxruntime as ort
 
     return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _aligned(shape: tuple[int, ...], dtype: str) -> Array:
-    """Zeros whose memory begins at a cache line, as ORT's own buffers do."""
-    kind = np.dtype(dtype)
-    count = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-    raw = np.zeros(count + _ALIGNMENT, np.uint8)
-    skip = -raw.ctypes.data % _ALIGNMENT
-    return raw[skip : skip + count].view(kind).reshape(shape)
-
-
-def _concrete(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
-    return tuple(batch if d == "B" else int(d) for d in shape)
 
 
 def _session_options(manifest: Manifest, threads: int, native: NativeKernels) -> Any:

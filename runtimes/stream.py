@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xexport.core.errors import InputError, RuntimeFailure
-from xexport.core.state import StateSpec, state_shape, zero_state
+from xexport.core.state import StateSpec, state_shape
 from xexport.runtimes.inputs import check_limit, check_tokens
 from xexport.runtimes.saved import SavedState
 
@@ -98,8 +98,7 @@ class Stream:
 
     def reset(self) -> None:
         """Back to the state before the first token."""
-        first = zero_state(self._specs, self.batch)
-        self._cell.write({spec.name: tensor for spec, tensor in zip(self._specs, first, strict=True)})
+        self._cell.reset()
         self.position = 0
 
     def state(self) -> dict[str, npt.NDArray[Any]]:

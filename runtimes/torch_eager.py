@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from xexport.core.errors import RuntimeFailure
 from xexport.core.extras import require
-from xexport.core.state import check_state_specs
+from xexport.core.state import StateSpec, check_state_specs, zero_state
 from xexport.runtimes.inputs import Ids
 from xexport.runtimes.stream import Stream
 from xexport.runtimes.tokenizers import NoTokenizer, Tokenizer
@@ -43,7 +43,7 @@ class TorchStream(Stream):
         require("torch", extra="export", why="to run a PyTorch module")
         specs = tuple(module.state_spec())
         check_state_specs(specs)
-        cell = TorchCell(module, tuple(s.name for s in specs))
+        cell = TorchCell(module, specs, batch)
         vocab = getattr(module, "vocab_size", None)
         super().__init__(
             cell,
@@ -64,9 +64,10 @@ class TorchStream(Stream):
 class TorchCell:
     """State tensors of a module, moved on by each call."""
 
-    def __init__(self, module: Any, names: tuple[str, ...]) -> None:
+    def __init__(self, module: Any, specs: tuple[StateSpec, ...], batch: int) -> None:
         self._module = module.eval()
-        self._names = names
+        self._specs, self._batch = specs, batch
+        self._names = tuple(s.name for s in specs)
         self._state: tuple[Any, ...] = ()
 
     def run(self, ids: Ids) -> npt.NDArray[np.float32]:
@@ -89,6 +90,10 @@ class TorchCell:
     def read(self) -> dict[str, npt.NDArray[Any]]:
         """A copy of the state."""
         return {n: t.numpy().copy() for n, t in zip(self._names, self._state, strict=True)}
+
+    def reset(self) -> None:
+        """Back to the state before the first token."""
+        self.write(dict(zip(self._names, zero_state(self._specs, self._batch), strict=True)))
 
     def write(self, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
         """Overwrite the state."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from xexport.core.op import Body, OpSpec
+from xexport.core.op import Append, Body, OpSpec
 from xexport.ops.builder import BodyBuilder
 from xexport.ops.fft_conv.function import sizes
 from xexport.ops.fft_conv.monarch import convolve, monarch
@@ -93,6 +93,7 @@ SPEC = OpSpec(
     outputs=_OUTPUTS,
     attributes={"n1": "int", "n2": "int"},
     input_types={"pos": "I"},
+    appends={"new_cache": Append("cache", "pos", axis=2)},
     bodies={
         "monarch": Body(
             _monarch,

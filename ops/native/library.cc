@@ -60,6 +60,11 @@ std::vector<MakeOperator>& operators() {
   return all;
 }
 
+std::string& in_place_operators() {
+  static std::string names;
+  return names;
+}
+
 }  // namespace xexport
 
 XEXPORT_PUBLIC xexport::ort::Status* RegisterCustomOps(xexport::ort::SessionOptions* options,
@@ -90,6 +95,9 @@ XEXPORT_PUBLIC const char* xexport_native_isa() {
     return "";
   }
 }
+
+// The operators that may write an output over an input, separated by commas.
+XEXPORT_PUBLIC const char* xexport_native_in_place() { return xexport::in_place_operators().c_str(); }
 
 // The oldest onnxruntime 1.<minor> that the library works with.
 XEXPORT_PUBLIC unsigned xexport_native_oldest_minor() { return xexport::ort::kApiVersion; }

@@ -21,6 +21,8 @@ using MakeOperator = ort::CustomOp* (*)(Isa);
 
 // Every operator of the library; filled while it is loaded.
 std::vector<MakeOperator>& operators();
+// Names of those with kInPlace, separated by commas; filled while it is loaded.
+std::string& in_place_operators();
 
 // Runs `body`, turning any exception into a status: none crosses the C boundary.
 template <class Body>
@@ -95,6 +97,9 @@ template <class Kernel>
 struct Registered {
   Registered() {
     operators().push_back([](Isa isa) -> ort::CustomOp* { return new Operator<Kernel>(isa); });
+    if (Kernel::kInPlace[0] < 0) return;
+    std::string& names = in_place_operators();
+    names += (names.empty() ? "" : ",") + std::string(Kernel::kName);
   }
 };
 

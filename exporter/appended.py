@@ -1,0 +1,55 @@
+"""Which state tensors an operator only appends to, so that a runtime may keep one buffer of them.
+
+A state tensor normally needs two: a run reads one and writes the other, and what it read stays whole until
+the run has succeeded. A cache of a stream's past is different. If its one reader is a node that hands it on
+with the new values behind the old ones (``core/op.py Append``), writing them into the same memory leaves
+everything up to the position as it was. Whether a runtime does it depends on its having that node's kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from xexport.core.manifest import Appended
+from xexport.core.op import OpSpec
+from xexport.core.registry import get_op, op_names
+
+__all__ = ["appended_states"]
+
+
+def appended_states(model: ir.Model, names: Sequence[str]) -> dict[str, Appended]:
+    """State name -> how it is appended to, for the states where that is all that happens to it.
+
+    Args:
+        names: the state tensors; the graph's inputs after the tokens, and outputs after the logits, are
+            their old and new values in this order.
+    """
+    specs = {(s.domain, s.graph_name): s for s in map(get_op, op_names()) if s.appends}
+    states = model.graph.inputs[-len(names) :] if names else []
+    news = model.graph.outputs[-len(names) :] if names else []
+    found = {}
+    for name, old, new in zip(names, states, news, strict=True):
+        node = new.producer()
+        spec = specs.get((node.domain, node.op_type)) if node is not None else None
+        if node is not None and spec is not None:
+            appended = _appended(node, spec, old, new, dict(zip(states, names, strict=True)))
+            if appended is not None:
+                found[name] = appended
+    return found
+
+
+def _appended(
+    node: ir.Node, spec: OpSpec, old: ir.Value, new: ir.Value, states: dict[ir.Value, str]
+) -> Appended | None:
+    """How ``node`` appends to ``old``, if it is its only reader and is told the position by the state."""
+    append = spec.appends.get(spec.outputs[node.outputs.index(new)])
+    if append is None:
+        return None
+    source = spec.inputs.index(append.source)
+    position = node.inputs[spec.inputs.index(append.position)]
+    alone = [(u.node, u.idx) for u in old.uses()] == [(node, source)]
+    if not alone or old.is_graph_output() or position not in states:
+        return None
+    return Appended(spec.graph_name, append.axis, states[position])
