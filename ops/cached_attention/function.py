@@ -1,0 +1,117 @@
+"""ONNX bodies of attention over a bounded cache.
+
+Both read only the ``pos + T`` rows in use: a cut of the cache is copied, the rest of it is never looked at.
+The new rows are scattered into the cache. Where a runtime gives input and output of a cache the same
+memory that is all; elsewhere it copies the whole cache, which is what a step costs that does not alias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+
+from xexport.core.op import Body, OpSpec
+from xexport.ops.builder import BodyBuilder
+
+__all__ = ["SPEC"]
+
+_INPUTS = ("q", "k", "v", "k_cache", "v_cache", "pos")
+_OUTPUTS = ("out", "new_k_cache", "new_v_cache")
+_ATTRIBUTES = {"heads": "int", "kv_heads": "int", "scale": "float"}
+
+
+class _Frame:
+    """What both bodies begin with: sizes, the mask, keys and values so far."""
+
+    def __init__(self, b: BodyBuilder) -> None:
+        self.b = b
+        zero, one, time = b.ints(0), b.ints(1), b.ints(2)
+        self.kv = b.op("Unsqueeze", b.attribute("kv_heads", "int"), zero)
+        length = b.op("Shape", "q", start=1, end=2)
+        self.end = b.op("Add", "pos", length)
+        places = b.op("Range", b.const(0, np.int64), b.op("Squeeze", self.end, zero), b.const(1, np.int64))
+        here = b.op("Slice", places, "pos", self.end, zero)
+        column = b.op("Unsqueeze", here, one)
+        self.allowed = b.op("LessOrEqual", places, column)  # [T, pos+T]
+        lead = b.op("Concat", zero, zero, self.kv, b.ints(-1), axis=0)
+        self.k = b.op("Transpose", b.op("Reshape", "k", lead), perm=[0, 2, 1, 3])
+        self.v = b.op("Transpose", b.op("Reshape", "v", lead), perm=[0, 2, 1, 3])
+        self.past_k = b.op("Slice", "k_cache", zero, "pos", time)
+        self.past_v = b.op("Slice", "v_cache", zero, "pos", time)
+        for cache, new in (("k_cache", self.k), ("v_cache", self.v)):
+            rows = b.op("Expand", column, b.op("Shape", new))
+            b.op("ScatterElements", cache, rows, new, axis=2, out=f"new_{cache}")
+
+
+def _products(b: BodyBuilder) -> None:
+    """Grouped heads are rows of one product, so that shared keys are not repeated."""
+    frame = _Frame(b)
+    zeros, last = b.ints(0, 0), b.ints(-1)
+    heads = b.op("Unsqueeze", b.attribute("heads", "int"), b.ints(0))
+    group = b.op("Div", heads, frame.kv)
+    keys = b.op("Concat", frame.past_k, frame.k, axis=2)
+    values = b.op("Concat", frame.past_v, frame.v, axis=2)
+    query = b.op("Reshape", "q", b.op("Concat", zeros, frame.kv, group, last, axis=0))
+    query = b.op("Transpose", query, perm=[0, 2, 3, 1, 4])  # [B,kv,G,T,K]
+    size = b.op("Shape", "k_cache", start=3)
+    query = b.op("Reshape", query, b.op("Concat", zeros, last, size, axis=0))
+    scaled = b.op("Mul", query, b.attribute("scale", "float"))
+    scores = b.op("MatMul", scaled, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    scores = b.op("Reshape", scores, b.op("Concat", zeros, group, last, frame.end, axis=0))
+    closed = b.const(-np.inf, np.float32)
+    masked = b.op("Where", frame.allowed, scores, closed)
+    shares = b.op("Softmax", masked, axis=-1)
+    shares = b.op("Reshape", shares, b.op("Concat", zeros, last, frame.end, axis=0))
+    out = b.op("MatMul", shares, values)
+    width = b.op("Shape", "v_cache", start=3)
+    out = b.op("Reshape", out, b.op("Concat", zeros, group, last, width, axis=0))
+    b.op("Reshape", b.op("Transpose", out, perm=[0, 3, 1, 2, 4]), b.ints(0, 0, -1), out="out")
+
+
+def _attention(b: BodyBuilder) -> None:
+    """The standard operator. It takes its scale as an attribute that a function can hand on."""
+    frame = _Frame(b)
+    heads = b.op("Unsqueeze", b.attribute("heads", "int"), b.ints(0))
+    query = b.op("Reshape", "q", b.op("Concat", b.ints(0, 0), heads, b.ints(-1), axis=0))
+    query = b.op("Transpose", query, perm=[0, 2, 1, 3])
+    out = b.fresh("attention")
+    node = onnx.helper.make_node(
+        "Attention",
+        [query, frame.k, frame.v, frame.allowed, frame.past_k, frame.past_v],
+        [out, b.fresh("present_k"), b.fresh("present_v")],
+    )
+    scale = onnx.AttributeProto(name="scale", ref_attr_name="scale", type=onnx.AttributeProto.FLOAT)
+    node.attribute.append(scale)
+    b.nodes.append(node)
+    b.op("Reshape", b.op("Transpose", out, perm=[0, 2, 1, 3]), b.ints(0, 0, -1), out="out")
+
+
+def _body(write: Callable[[BodyBuilder], None]) -> Callable[[int], onnx.FunctionProto]:
+    def build(opset: int) -> onnx.FunctionProto:
+        b = BodyBuilder("attention")
+        write(b)
+        return b.function("cached_attention", _INPUTS, _OUTPUTS, opset, attributes=tuple(_ATTRIBUTES))
+
+    return build
+
+
+SPEC = OpSpec(
+    name="cached_attention",
+    inputs=_INPUTS,
+    outputs=_OUTPUTS,
+    attributes=_ATTRIBUTES,
+    input_types={"pos": "I"},
+    bodies={
+        "products": Body(
+            _body(_products),
+            "two products and a softmax over the rows of the cache in use: every runtime has them, and heads "
+            "that share keys don't repeat them",
+        ),
+        "attention": Body(
+            _body(_attention),
+            "one Attention node of opset 23, for runtimes that fuse it",
+        ),
+    },
+)
