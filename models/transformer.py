@@ -8,7 +8,7 @@ Sources:
     4. Shazeer, arXiv 1911.02150 (one head of keys for all), and Ainslie et al., arXiv 2305.13245 (a few).
     5. Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453, section 3.2.
     6. Pires et al., One Wide Feedforward is All You Need, arXiv 2309.01826: one FFN for all layers.
-    7. He and Hofmann, Simplifying Transformer Blocks, arXiv 2311.01906: sections 4.2, 4.3, equations 7, 12, 13.
+    7. He and Hofmann, Simplifying Transformer Blocks, arXiv 2311.01906: equations 7, 12 and 13, section 4.3.
     8. Zhang et al., MASFormer, arXiv 2310.12442: a few layers see everything, the rest a short span.
 
 Glossary:
@@ -24,24 +24,24 @@ V = Z, in the first layer Z W_V (appendix C, "Using the first value matrix"). De
 trained positions, and the FFN is whatever the configuration says.
 
 Windows and sinks: [5] numbers positions inside the cache. In a window of consecutive tokens that leaves all
-distances as they are; a query at position t is min(t, S+W-1) in the cache, so it is min(t, S+W-1) - j from sink j.
-Keys are therefore stored rotated once, by their position in the stream, and a query is rotated twice: by t for
-the window, by min(t, S+W-1) for the sinks. A chunk may be longer than the window: every token sees its own.
-[8] attends in blocks (the own and the one before); here a short span is a sliding window, so that the result
-does not depend on where blocks begin. Which layers see everything is a list.
+distances as they are; a query at position t is min(t, S+W-1) in the cache, so it is min(t, S+W-1) - j from
+sink j. Keys are therefore stored rotated once, by their position in the stream, and a query is rotated twice:
+by t for the window, by min(t, S+W-1) for the sinks. A chunk may be longer than the window: every token sees
+its own. [8] attends in blocks; here a short span is a sliding window, so that the result does not depend on
+where blocks begin. Which layers see everything is a list.
 
 Positions are exact at any distance: see models/retnet.py.
 
-State, for a layer that sees everything: ``layers.<i>.keys``, ``.values`` [B,G,L,K] float32, and there is no token
-L+1 (LimitError). With a window: the same of S+W-1 rows, sinks first, then a ring in which token s has row
-S + (s-S) mod (W-1). Simplified and seeing everything: ``layers.<i>.sum`` [B,d], the sum of all values so far.
+State, for a layer that sees everything: ``layers.<i>.keys``, ``.values`` [B,G,L,K] float32, and there is no
+token L+1 (LimitError). With a window: the same of S+W-1 rows, sinks first, then a ring in which token s has
+row S + (s-S) mod (W-1). Simplified and seeing everything: ``layers.<i>.sum`` [B,d], the sum of all values so far.
 ``position`` [1] int64, shared by the batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ __all__ = ["FAMILY", "Transformer", "TransformerConfig", "TransformerTrain"]
 
 _TURN = 1 << 32
 _BLOCKS = ("llama", "simplified")
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,9 @@ class _Attention(nn.Module):
         return torch.unflatten(product, 2, (self.c.heads // self.c.groups, -1))
 
     def mixed(self, scores: Tensor, allowed: Tensor, values: Tensor, v: Tensor) -> Tensor:
-        """The layer's output ``[B,T,d]`` from scores over ``values [B,G,N,K]``; ``v [B,T,G,K]`` is the chunk's."""
+        """The layer's output ``[B,T,d]`` from scores over ``values [B,G,N,K]``; ``v [B,T,G,K]`` is the
+        chunk's own.
+        """
         share = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
         if self.simple:
             count = allowed.to(share.dtype)
@@ -309,7 +311,7 @@ class _Decoder(nn.Module):
         self.norm = _RMSNorm(c.width, c.eps)
         self.register_buffer("turns", torch.tensor(_turns(c), dtype=torch.int64))
 
-    def blocks(self) -> list[tuple[_Block, nn.Module]]:
+    def blocks(self) -> list[tuple[_Block, _FeedForward]]:
         """Every block with the feed-forward network it uses."""
         made = []
         for block in self.layers:
@@ -350,7 +352,9 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         c = self.config
         *rest, position = state
-        places = {w: self._places(w, position, tokens.shape[1]) for w in {c.window(i) for i in range(c.layers)}}
+        places = {
+            w: self._places(w, position, tokens.shape[1]) for w in {c.window(i) for i in range(c.layers)}
+        }
         x = self.model.embed_tokens(tokens)
         after: list[Tensor] = []
         for i, (block, ffn) in enumerate(self.model.blocks()):
@@ -407,7 +411,7 @@ class TransformerTrain(Transformer):
             q, k, v = attention.projected(z, rope)
             v = torch.unflatten(v, -1, (c.groups, -1))
             window = c.window(i)
-            if c.block == "llama" and not (window and c.sinks):
+            if attention.o_proj is not None and not (window and c.sinks):
                 attended = attention.o_proj(_fused(_rotate(q, rope), k, v, window))
             else:
                 attended = self._masked(attention, q, k, v, here)
@@ -432,11 +436,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Causal attention of ``q [B,T,H,K]``, ``k, v [B,T,G,K]``: ``[B,T,H*K]``."""
     place = torch.arange(q.shape[1], device=q.device)
     allowed = (place <= place[:, None]) & (place > place[:, None] - window) if window else None
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    shared = q.shape[1] != k.shape[1]
     o = F.scaled_dot_product_attention(
-        *(y.transpose(1, 2) for y in (q, k, v)),
-        attn_mask=allowed,
-        is_causal=allowed is None,
-        enable_gqa=q.shape[2] != k.shape[2],
+        q, k, v, attn_mask=allowed, is_causal=allowed is None, enable_gqa=shared
     )
     return o.transpose(1, 2).flatten(-2)
 
@@ -498,7 +501,7 @@ def _first_value(c: TransformerConfig, name: str, noise: Tensor) -> Tensor:
         return torch.zeros(noise.shape)
     if simple and name.endswith("v_proj.weight"):
         return torch.eye(*noise.shape)
-    std = noise.shape[1] ** -0.5
+    std: float = noise.shape[1] ** -0.5
     if name.endswith("embed_tokens.weight"):
         std = 0.25 * c.width**-0.5 if c.tied else 0.5
     elif name.endswith("lm_head.weight"):
@@ -635,7 +638,7 @@ def _tiny(**changes: object) -> TransformerConfig:
         "layers": 2,
         "heads": 4,
         "kv_heads": 2,
-        "ffn": 48,
+        "ffn": 80,
         "max_tokens": 96,
     }
     return TransformerConfig(**(sizes | changes))  # type: ignore[arg-type]

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-__all__ = ["FAMILIES", "IDS", "TARGETS", "TIMED", "Exporter", "sizes"]
+__all__ = ["BOUNDED", "FAMILIES", "IDS", "TARGETS", "TIMED", "Exporter", "sizes"]
 
-FAMILIES = ("hyena", "mamba", "retnet", "rwkv")
+FAMILIES = ("hyena", "mamba", "retnet", "rwkv", "transformer")
+#: those whose stream has a maximum
+BOUNDED = ("hyena", "transformer")
 TARGETS = ("cpu-fp16", "cpu-fp32", "cpu-int4", "cpu-int8")
 TIMED = ("hyena", "rwkv")
 #: tokens that every tiny preset knows, as the text to evaluate on

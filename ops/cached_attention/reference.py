@@ -51,9 +51,9 @@ def cached_attention(
             fix="reset the stream, or export with a larger max_tokens",
         )
     keys, values = k_cache.clone(), v_cache.clone()
-    keys[:, :, begin:end] = k.unflatten(-1, (kv_heads, -1)).transpose(1, 2)
-    values[:, :, begin:end] = v.unflatten(-1, (kv_heads, -1)).transpose(1, 2)
-    query = q.unflatten(-1, (kv_heads, heads // kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    keys[:, :, begin:end] = torch.unflatten(k, -1, (kv_heads, -1)).transpose(1, 2)
+    values[:, :, begin:end] = torch.unflatten(v, -1, (kv_heads, -1)).transpose(1, 2)
+    query = torch.unflatten(q, -1, (kv_heads, heads // kv_heads, -1)).permute(0, 2, 3, 1, 4)
     scores = (query * scale) @ keys[:, :, None, :end].transpose(-1, -2)
     place = torch.arange(end, device=q.device)
     scores = scores.masked_fill(place > place[begin:, None], float("-inf"))
