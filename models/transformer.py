@@ -34,7 +34,7 @@ Positions are exact at any distance: see models/retnet.py.
 
 State, for a layer that sees everything: ``layers.<i>.keys``, ``.values`` [B,G,L,K] float32, and there is no
 token L+1 (LimitError). With a window: the same of S+W-1 rows, sinks first, then a ring in which token s has
-row S + (s-S) mod (W-1). Simplified and seeing everything: ``layers.<i>.sum`` [B,d], the sum of all values so far.
+row S + (s-S) mod (W-1). Simplified and seeing everything: ``layers.<i>.sum`` [B,d], the sum of all values.
 ``position`` [1] int64, shared by the batch.
 """
 
