@@ -26,20 +26,31 @@ def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[
         variants: operator name -> body variant; operators not listed use their default body.
         why: operator name -> reason for that choice, else the body's own.
 
+    Operators may share a name in the graph and differ in the number of inputs (com.microsoft
+    LinearAttention has optional ones): a body serves one of them.
+
     Raises:
         UnknownNameError: a target names a variant that the operator does not have.
-        ExportError: the graph uses an operator that nobody defined.
+        ExportError: the graph uses an operator that nobody defined, or two of the same name.
     """
-    specs = {(s.domain, s.graph_name): s for s in map(get_op, op_names())}
+    specs = {_key(s): s for s in map(get_op, op_names())}
     counts = Counter(
-        (n.domain, n.op_type) for n in ir.traversal.RecursiveGraphIterator(model.graph) if n.domain
+        (n.domain, n.op_type, len(n.inputs))
+        for n in ir.traversal.RecursiveGraphIterator(model.graph)
+        if n.domain
     )
     lowerings: list[Lowering] = []
     pending = [key for key in counts if key in specs]
-    for domain, op_type in counts:
-        if domain == "xexport" and (domain, op_type) not in specs:
+    names = [key[:2] for key in pending]
+    for domain, op_type, _ in counts:
+        if domain == "xexport" and (domain, op_type) not in names:
             raise ExportError(f"the graph uses an unknown operator xexport::{op_type}")
-    done: set[tuple[str, str]] = set()
+        if names.count((domain, op_type)) > 1:
+            raise ExportError(
+                f"the graph uses {domain}::{op_type} with different numbers of inputs",
+                fix="one function can't serve both: write the layers with one of them",
+            )
+    done: set[tuple[str, str, int]] = set()
     while pending:
         key = pending.pop()
         if key in done:
@@ -47,8 +58,13 @@ def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[
         done.add(key)
         spec = specs[key]
         lowerings.append(_attach(model, spec, variants, why, counts[key]))
-        pending += [(get_op(d).domain, get_op(d).graph_name) for d in spec.depends]
+        pending += [_key(get_op(d)) for d in spec.depends]
     return sorted(lowerings, key=lambda low: low.op)
+
+
+def _key(spec: OpSpec) -> tuple[str, str, int]:
+    """What a node must have to be this operator."""
+    return spec.domain, spec.graph_name, len(spec.inputs)
 
 
 def _attach(

@@ -45,7 +45,9 @@ WAYS = {
 }
 
 
-def inputs(B: int, T: int, H: int, K: int, V: int, seed: int = 0) -> dict[str, np.ndarray]:
+def inputs(
+    B: int, T: int, H: int, K: int, V: int, seed: int = 0, *, by_key: bool = False
+) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
@@ -56,7 +58,7 @@ def inputs(B: int, T: int, H: int, K: int, V: int, seed: int = 0) -> dict[str, n
         "k": normal(B, T, H * K),
         "v": normal(B, T, H * V),
         "state": normal(B, H, K, V),
-        "decay": -np.abs(normal(B, T, H)) * np.float32(0.3),
+        "decay": -np.abs(normal(B, T, H * (K if by_key else 1))) * np.float32(0.3),
     }
 
 
@@ -120,6 +122,23 @@ def test_parity(way: str, B: int, T: int, H: int, K: int, V: int) -> None:
         assert error(a, b) <= TOLERANCES["linear_attention_fp32"]
 
 
+@pytest.mark.parametrize("way", ["kernel", "fallback-chunked"])
+@pytest.mark.parametrize(("T", "K"), [(1, 4), (2, 4), (15, 3), (16, 4), (33, 5), (131, 2)])
+def test_one_decay_a_key(way: str, T: int, K: int) -> None:
+    spec, variant = WAYS[way]
+    x = inputs(2, T, 3, K, 4, seed=T, by_key=True)
+    got = run_body(spec, x, variant, attributes=attributes(3))
+    for a, b in zip(got, wanted(x, 3), strict=True):
+        assert error(a, b) <= TOLERANCES["linear_attention_fp32"]
+
+
+def test_the_parallel_body_refuses_a_decay_a_key() -> None:
+    """A square of keys and tokens would otherwise be taken for a matrix of lags."""
+    spec, variant = WAYS["fallback-parallel"]
+    with pytest.raises(Exception, match=r"(?i)reshape|dimension|shape"):
+        run_body(spec, inputs(2, 4, 2, 4, 4, by_key=True), variant, attributes=attributes(2))
+
+
 @settings(max_examples=12, deadline=None)
 @given(T=st.integers(1, 20), cut=st.integers(0, 19), seed=st.integers(0, 99), way=st.sampled_from(list(WAYS)))
 def test_chunk_law(T: int, cut: int, seed: int, way: str) -> None:
@@ -136,11 +155,14 @@ def test_chunk_law(T: int, cut: int, seed: int, way: str) -> None:
     assert error(state, want_state) <= TOLERANCES["linear_attention_fp32"]
 
 
+@pytest.mark.parametrize("by_key", [False, True], ids=["head", "key"])
 @pytest.mark.parametrize("way", ["fallback-chunked", "fallback-parallel"])
-def test_strong_decay_does_not_overflow(way: str) -> None:
+def test_strong_decay_does_not_overflow(way: str, by_key: bool) -> None:
     """exp(-(c_t - c_s)) would be inf here; all that is left is the rounding of the running sum c."""
     spec, variant = WAYS[way]
-    x = inputs(1, 70, 2, 4, 4)
+    if by_key and way == "fallback-parallel":
+        pytest.skip("that body has one decay a head")
+    x = inputs(1, 70, 2, 4, 4, by_key=by_key)
     x["decay"] = x["decay"] * np.float32(100)
     rounding = float(np.abs(x["decay"].sum(1)).max()) * 2.0**-24
     got = run_body(spec, x, variant, attributes=attributes(2))

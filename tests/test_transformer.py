@@ -371,7 +371,7 @@ def test_a_long_maximum_is_bounded_and_said(tmp_path: Path) -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "intermediate_size": 48,
+        "intermediate_size": 80,
         "max_position_embeddings": 131072,
     }
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""ONNX bodies of gated linear attention with one decay a head, for runtimes without the contrib operator.
+"""ONNX bodies of gated linear attention, for runtimes without the contrib operator.
 
 ONNX Runtime from 1.31 has com.microsoft LinearAttention and ignores the local function of that name;
 older ones, and other runtimes, run it. Inside a chunk of C tokens, with ``c`` the running sum of the
@@ -8,10 +8,13 @@ decays (arXiv 2312.06635, section 4.1):
     S'  = exp(c_C) S + sum_s exp(c_C - c_s) k_s v_s^T
 
 Every exponent is 0 or below, so nothing overflows. A short last chunk is padded with k = v = g = 0,
-which leaves the state as it is.
+which leaves the state as it is. With one decay a key the fading is inside the sum over keys, and has to be
+written out for every pair of tokens of a chunk: chunks are shorter then.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import onnx
@@ -21,10 +24,12 @@ from xexport.ops.builder import BodyBuilder
 
 __all__ = ["SPEC"]
 
+_Inside = Callable[[BodyBuilder, str, str, str, str], tuple[str, str, str, str]]
+
 _INPUTS = ("q", "k", "v", "state", "decay")
 _OUTPUTS = ("out", "new_state")
 _ATTRIBUTES = {"q_num_heads": "int", "kv_num_heads": "int", "scale": "float", "update_rule": "string"}
-_CHUNK = 64
+_CHUNK, _CHUNK_KEYS = 64, 16
 
 
 def _heads(b: BodyBuilder, x: str, lead: str) -> str:
@@ -39,6 +44,8 @@ def _inside(b: BodyBuilder, q: str, k: str, v: str, decay: str) -> tuple[str, st
     Returns the output from inside the chunk ``[...,C,V]``, q faded for the state before it
     ``[...,C,K]``, the state's increment ``[...,K,V]`` and its decay ``[...,1,1]``.
     """
+    # one column, which it has: ONNX Runtime infers shapes in the branch that is never taken as well
+    decay = b.op("Slice", decay, b.ints(0), b.ints(1), b.ints(-1))
     running = b.op("CumSum", decay, b.const(-2, np.int64))
     total = b.op("ReduceSum", decay, b.ints(-2))
     rank = _swap(b, running)
@@ -49,6 +56,21 @@ def _inside(b: BodyBuilder, q: str, k: str, v: str, decay: str) -> tuple[str, st
     faded_q = b.op("Mul", q, b.op("Exp", running))
     faded_k = b.op("Mul", k, b.op("Exp", b.op("Sub", total, running)))
     return out, faded_q, b.op("MatMul", _swap(b, faded_k), v), b.op("Exp", total)
+
+
+def _inside_keys(b: BodyBuilder, q: str, k: str, v: str, decay: str) -> tuple[str, str, str, str]:
+    """The same for one decay a key, ``decay [...,H,C,K]``; the state's decay is ``[...,K,1]``."""
+    running = b.op("CumSum", decay, b.const(-2, np.int64))
+    total = b.op("ReduceSum", decay, b.ints(-2))
+    here, there = (b.ints(-2), b.ints(-3))
+    lag = b.op("Sub", b.op("Unsqueeze", running, here), b.op("Unsqueeze", running, there))
+    fade = b.op("Exp", b.op("Min", lag, b.const(0.0, np.float32)))
+    pairs = b.op("Mul", b.op("Unsqueeze", q, here), b.op("Unsqueeze", k, there))
+    scores = b.op("ReduceSum", b.op("Mul", pairs, fade), b.ints(-1), keepdims=0)
+    out = b.op("MatMul", b.op("Trilu", scores, upper=0), v)
+    faded_q = b.op("Mul", q, b.op("Exp", running))
+    faded_k = b.op("Mul", k, b.op("Exp", b.op("Sub", total, running)))
+    return out, faded_q, b.op("MatMul", _swap(b, faded_k), v), b.op("Exp", _swap(b, total))
 
 
 def _swap(b: BodyBuilder, x: str) -> str:
@@ -68,17 +90,18 @@ def _joined(b: BodyBuilder, x: str, length: str, shape: str, out: str) -> None:
     b.op("Slice", flat, b.ints(0), length, b.ints(1), out=out)
 
 
-def _whole(b: BodyBuilder, size: str) -> None:
-    """The body for chunks of ``size`` (an int64 vector of one)."""
+def _whole(b: BodyBuilder, longest: int, inside: _Inside) -> onnx.GraphProto:
+    """The branch for chunks of at most ``longest`` tokens."""
     batch, length = (b.op("Shape", "q", start=i, end=i + 1) for i in (0, 1))
     one = b.ints(1)
+    size = b.op("Min", length, b.ints(longest))
     count = b.op("Div", b.op("Sub", b.op("Add", length, size), one), size)
     lead = b.op("Concat", batch, count, size, axis=0)
     padded = b.op("Mul", count, size)
     padding = b.op("Sub", padded, length)
     q, k, v, decay = (_chunks(b, x, padding, lead) for x in ("q", "k", "v", "decay"))
     q = b.op("Mul", q, b.attribute("scale", "float"))
-    out, faded_q, increment, keep = _inside(b, q, k, v, decay)
+    out, faded_q, increment, keep = inside(b, q, k, v, decay)
     _, before = b.multi(
         "Scan",
         "state",
@@ -91,6 +114,7 @@ def _whole(b: BodyBuilder, size: str) -> None:
     out = b.op("Add", out, b.op("MatMul", faded_q, before))
     shape = b.op("Concat", batch, padded, b.ints(-1), axis=0)
     _joined(b, out, length, shape, "out")
+    return _renamed(b)
 
 
 def _carry() -> onnx.GraphProto:
@@ -120,20 +144,27 @@ def _step(b: BodyBuilder) -> onnx.GraphProto:
 def _chunked(opset: int) -> onnx.FunctionProto:
     b = BodyBuilder("linatt")
     length = b.op("Shape", "q", start=1, end=2)
-    many = BodyBuilder("many")
-    _whole(many, many.op("Min", length, many.ints(_CHUNK)))
+    many = BodyBuilder("choice")
+    heads = many.op("Unsqueeze", many.attribute("q_num_heads", "int"), many.ints(0))
+    outs = many.multi(
+        "If",
+        many.op("Squeeze", many.op("Equal", many.op("Shape", "decay", start=2), heads)),
+        outs=2,
+        then_branch=_whole(BodyBuilder("heads"), _CHUNK, _inside),
+        else_branch=_whole(BodyBuilder("keys"), _CHUNK_KEYS, _inside_keys),
+    )
     b.multi(
         "If",
         b.op("Squeeze", b.op("Equal", length, b.ints(1))),
         outs=_OUTPUTS,
         then_branch=_step(BodyBuilder("step")),
-        else_branch=_renamed(many),
+        else_branch=many.graph("many", [], outs),
     )
     return _function(b, opset)
 
 
 def _renamed(b: BodyBuilder) -> onnx.GraphProto:
-    """The nodes of :func:`_whole` as a branch: a branch's outputs can't bear the names of its If's."""
+    """Nodes that write ``out`` and ``new_state`` as a branch, with other names: those are its If's."""
     names = {name: b.fresh(name) for name in _OUTPUTS}
     for node in b.nodes:
         for i, name in enumerate(node.output):
@@ -145,7 +176,10 @@ def _parallel(opset: int) -> onnx.FunctionProto:
     b = BodyBuilder("linatt")
     batch, length = (b.op("Shape", "q", start=i, end=i + 1) for i in (0, 1))
     lead = b.op("Concat", b.ints(1), batch, length, axis=0)
-    heads = [_heads(b, x, lead) for x in ("q", "k", "v", "decay")]
+    heads = [_heads(b, x, lead) for x in ("q", "k", "v")]
+    one = b.op("Unsqueeze", b.attribute("q_num_heads", "int"), b.ints(0))
+    # a decay a key does not fit: an error, as it should be
+    heads.append(b.op("Reshape", "decay", b.op("Concat", lead, one, b.ints(1), axis=0)))
     q, k, v, decay = (b.op("Transpose", x, perm=[0, 1, 3, 2, 4]) for x in heads)
     q = b.op("Mul", q, b.attribute("scale", "float"))
     out, faded_q, increment, keep = _inside(b, q, k, v, decay)
@@ -178,7 +212,8 @@ SPEC = OpSpec(
         ),
         "parallel": Body(
             _parallel,
-            "no control flow, for providers without Scan and If; memory grows with the square of the chunk",
+            "no control flow, for providers without Scan and If, one decay a head; memory grows with the "
+            "square of the chunk",
         ),
     },
 )

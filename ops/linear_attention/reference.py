@@ -1,11 +1,12 @@
 """The gated rule of com.microsoft LinearAttention, as a plain loop over the tokens: the definition.
 
-For every head, with state ``S [K,V]``:
+For every head, with state ``S [K,V]`` and ``g [K]``, or one number for all keys:
 
-    S_t = exp(g_t) S_{t-1} + k_t v_t^T          o_t = scale * S_t^T q_t
+    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T          o_t = scale * S_t^T q_t
 
-This is RetNet's recurrence (arXiv 2307.08621, equation 6) when ``g`` is the constant ``log gamma``, and
-the recurrence of gated linear attention with one decay a head (arXiv 2312.06635, section 3) otherwise.
+This is RetNet's recurrence (arXiv 2307.08621, equation 6) when ``g`` is the constant ``log gamma``, gated
+linear attention (arXiv 2312.06635, equation 3) with one decay a key, and linear attention without a
+normaliser (arXiv 2006.16236, equations 18 to 20) when ``g`` is zero.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def linear_attention(
         q, k: ``[B,T,H*K]``, heads packed as ONNX Runtime wants them.
         v: ``[B,T,H*V]``.
         state: ``[B,H,K,V]``, the state before the chunk.
-        decay: ``[B,T,H]``, logarithm of the decay (0 or below).
+        decay: ``[B,T,H]`` or ``[B,T,H*K]``, logarithm of the decay (0 or below).
         q_num_heads, kv_num_heads: H; equal, as grouped heads are not needed by any family here.
         scale: factor on the output.
         update_rule: ``"gated"``, the one rule supported.
@@ -47,7 +48,7 @@ def linear_attention(
     qh = q.reshape(batch, tokens, heads, -1) * scale
     kh = k.reshape(batch, tokens, heads, -1)
     vh = v.reshape(batch, tokens, heads, -1)
-    keep = decay.exp()[..., None, None]
+    keep = decay.exp().reshape(batch, tokens, heads, -1, 1)
     now, out = state.clone(), torch.empty_like(vh)
     for t in range(tokens):
         now = keep[:, t] * now + kh[:, t, :, :, None] * vh[:, t, :, None, :]

@@ -1,0 +1,1 @@
+"""Linear attention whose state forgets what it is about to overwrite."""
