@@ -17,7 +17,7 @@ _ATTRIBUTES = {"q_num_heads": "int", "kv_num_heads": "int", "scale": "float", "u
 def _token() -> onnx.GraphProto:
     """Scan body: ``S [B,H,K,V]`` and one token's rows ``[B,H,1,*]`` and columns ``[B,H,*,1]``."""
     b = BodyBuilder("token")
-    shapes = {
+    shapes: dict[str, tuple[int | str, int | str]] = {
         "state": ("K", "V"),
         "q": (1, "K"),
         "k": (1, "K"),
@@ -38,7 +38,7 @@ def _token() -> onnx.GraphProto:
     ]
     outs = [
         onnx.helper.make_tensor_value_info(n, real, ["B", "H", *dims])
-        for n, dims in ((new, ("K", "V")), (out, (1, "V")))
+        for n, dims in ((new, shapes["state"]), (out, shapes["v"]))
     ]
     return b.graph("token", infos, outs)
 
