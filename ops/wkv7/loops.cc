@@ -3,8 +3,13 @@
 // Row v of the state S[v,k] evolves by itself:
 //   u = <S[v], a>    S[v] = S[v] * w + u b + v_v k    y_v = <S[v], r>
 // `rows` keeps k in the lanes and takes the state as it lies in memory, at the price of a sum over lanes for
-// every u and y. `columns` turns a tile of rows so that v is in the lanes; that costs a transposition at
-// either end and saves the sums, and the product with the next token's `a` is taken while the state passes.
+// every u and y. `columns` turns the state so that v is in the lanes; that costs a transposition at either
+// end and saves the sums, and the product with the next token's `a` is taken while the state passes.
+//
+// Of the 5 multiplications an element and token, `columns` saves one: for some tokens it carries S / D, D
+// being the product of their decays, which grows by u (b/D) and v (k/D) alone and is read with r D and a D.
+// The divisions are of vectors, once a head. What is left, 4 multiply-adds, is also the least that a form in
+// chunks of matrix products can have (two products read the state, two write it), and needs no others.
 #include "loops.h"
 
 #include "../native/simd.h"
@@ -12,13 +17,17 @@
 namespace xexport::XEXPORT_ISA {
 namespace {
 
-// Vectors of a tile of `columns`: 3 accumulators each, and 5 broadcasts, have to fit the registers.
-#if defined(__AVX512F__) || defined(__aarch64__) || defined(__AVX2__)
+// Vectors of a tile of `columns`. For each there are u, v and two sums, and then come 4 broadcasts and the
+// state: with 16 registers a third vector would have to take some of them from memory (27% slower).
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTile = 4;
 #else
 constexpr int kTile = 2;
 #endif
 constexpr int kTileWidth = kTile * kLanes;
+// Tokens that share one D, at most; it lies in (kLeast, 1], where 1/D costs no range and D grows nothing.
+constexpr int64_t kShared = 16;
+constexpr float kLeast = 0x1p-24f;
 // Shorter pieces don't earn back the transpositions (measured).
 constexpr int64_t kColumnsFrom = 8;
 
@@ -96,63 +105,220 @@ void rows(const Wkv7Head& x) {
   }
 }
 
-// Whole: the tile has kTileWidth columns; else `width`, and the lanes behind hold zeros that nobody reads.
-template <bool Whole>
-void columns(const Wkv7Head& x, int64_t first, int64_t width, float* tile) {
-  const int64_t size = x.size;
-  if (!Whole) std::memset(tile, 0, static_cast<size_t>(size * kTileWidth) * sizeof(float));
-  transpose(x.state + first * size, size, width, size, tile, kTileWidth);
-  Vec u[kTile] = {};
-  for (int64_t j = 0; j < size; ++j) {
-    for (int q = 0; q < kTile; ++q) u[q] += load(tile + j * kTileWidth + q * kLanes) * all(x.a[j]);
+// Some columns of the turned state, [size, kTileWidth]; behind the last one the lanes hold zeros.
+struct Tile {
+  float *now, *spare;  // the state, and room for what comes next
+  float* u;            // S a of the token that comes next
+  int64_t first, width;
+
+  bool whole() const { return width == kTileWidth; }
+};
+
+XEXPORT_INLINE void load_values(const Tile& tile, const float* from, Vec* to) {
+  alignas(kBytes) float part[kTileWidth] = {};
+  if (!tile.whole()) {
+    std::memcpy(part, from + tile.first, static_cast<size_t>(tile.width) * sizeof(float));
+    from = part - tile.first;
   }
-  alignas(kBytes) float values[kTileWidth] = {};
-  for (int64_t t = 0; t < x.tokens; ++t) {
-    const int64_t at = t * x.stride;
-    const float *r = x.r + at, *w = x.w + at, *k = x.k + at, *b = x.b + at;
-    const float* a = x.a + (t + 1 < x.tokens ? at + x.stride : at);  // the next token's
-    float* y = x.y + at + first;
-    std::memcpy(values, x.v + at + first, static_cast<size_t>(Whole ? kTileWidth : width) * sizeof(float));
-    Vec v[kTile], read[kTile] = {}, next[kTile] = {};
-    for (int q = 0; q < kTile; ++q) v[q] = load(values + q * kLanes);
-    for (int64_t j = 0; j < size; ++j) {
-      const Vec wj = all(w[j]), bj = all(b[j]), kj = all(k[j]), rj = all(r[j]), aj = all(a[j]);
-      for (int q = 0; q < kTile; ++q) {
-        float* cell = tile + j * kTileWidth + q * kLanes;
-        const Vec s = load(cell) * wj + u[q] * bj + v[q] * kj;
-        store(cell, s);
-        read[q] += s * rj;
-        next[q] += s * aj;
-      }
-    }
-    for (int q = 0; q < kTile; ++q) {
-      if (Whole) {
-        store(y + q * kLanes, read[q]);
-      } else {
-        store(values + q * kLanes, read[q]);
-      }
-      u[q] = next[q];
-    }
-    if (!Whole) std::memcpy(y, values, static_cast<size_t>(width) * sizeof(float));
-  }
-  transpose(tile, kTileWidth, size, width, x.new_state + first * size, size);
+  for (int q = 0; q < kTile; ++q) to[q] = load(from + tile.first + q * kLanes);
 }
 
-void by_columns(const Wkv7Head& x, float* tile) {
-  int64_t first = 0;
-  for (; first + kTileWidth <= x.size; first += kTileWidth) columns<true>(x, first, kTileWidth, tile);
-  if (first < x.size) columns<false>(x, first, x.size - first, tile);
+XEXPORT_INLINE void store_values(const Tile& tile, const Vec* from, float* to) {
+  alignas(kBytes) float part[kTileWidth];
+  float* whole = tile.whole() ? to + tile.first : part;
+  for (int q = 0; q < kTile; ++q) store(whole + q * kLanes, from[q]);
+  if (!tile.whole()) std::memcpy(to + tile.first, part, static_cast<size_t>(tile.width) * sizeof(float));
+}
+
+// What `a` reads after token t: the next token's, or anything after the last one.
+XEXPORT_INLINE int64_t next_at(const Wkv7Head& x, int64_t t) {
+  return (t + 1 < x.tokens ? t + 1 : t) * x.stride;
+}
+
+// One token as it is written above.
+void plain(const Wkv7Head& x, int64_t t, const Tile& tile) {
+  const int64_t at = t * x.stride;
+  const float *r = x.r + at, *w = x.w + at, *k = x.k + at, *b = x.b + at, *a = x.a + next_at(x, t);
+  Vec u[kTile], v[kTile], read[kTile] = {}, next[kTile] = {};
+  load_values(tile, x.v + at, v);
+  for (int q = 0; q < kTile; ++q) u[q] = load(tile.u + q * kLanes);
+  for (int64_t j = 0; j < x.size; ++j) {
+    const Vec wj = all(w[j]), bj = all(b[j]), kj = all(k[j]), rj = all(r[j]), aj = all(a[j]);
+    for (int q = 0; q < kTile; ++q) {
+      float* cell = tile.now + j * kTileWidth + q * kLanes;
+      const Vec s = load(cell) * wj + u[q] * bj + v[q] * kj;
+      store(cell, s);
+      read[q] += s * rj;
+      next[q] += s * aj;
+    }
+  }
+  for (int q = 0; q < kTile; ++q) store(tile.u + q * kLanes, next[q]);
+  store_values(tile, read, x.y + at);
+}
+
+XEXPORT_INLINE Vec load_or(const float* p, int64_t n, float fill) {
+  if (n >= kLanes) return load(p);
+  alignas(kBytes) float lanes[kLanes];
+  store(lanes, all(fill));
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(float));
+  return load(lanes);
+}
+
+// Asks for a tile's part of the vectors of token t. They lie a whole row of heads apart, mostly in another
+// page each, which no prefetcher of a processor guesses.
+XEXPORT_INLINE void prefetch(const Wkv7Head& x, int64_t t, const Tile& tile) {
+  constexpr int64_t kLine = 16;
+  if (t >= x.tokens) return;
+  for (int64_t j = tile.first; j < tile.first + tile.width; j += kLine) {
+    const int64_t at = t * x.stride + j;
+    __builtin_prefetch(x.w + at);
+    __builtin_prefetch(x.b + at);
+    __builtin_prefetch(x.k + at);
+    __builtin_prefetch(x.r + at);
+    __builtin_prefetch(x.a + at);
+    __builtin_prefetch(x.v + at);
+    __builtin_prefetch(x.y + at, 1);
+  }
+}
+
+int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+// Of the tokens from `first` on, as many as may share one D: their b/D, k/D, r D and the next token's a D,
+// each `padded(size)` long, and the last D. None, if the first decay is 0, above 1 or no number.
+int64_t share(const Wkv7Head& x, int64_t first, float* scaled, float* product) {
+  const int64_t size = x.size, room = padded(size);
+  const int64_t most = x.tokens - first < kShared ? x.tokens - first : kShared;
+  for (int64_t j = 0; j < room; j += kLanes) store(product + j, all(1.0f));
+  for (int64_t n = 0; n < most; ++n, scaled += 4 * room) {
+    const int64_t at = (first + n) * x.stride, next = next_at(x, first + n);
+    IntVec good = IntVec{} - 1;
+    for (int64_t j = 0; j < size; j += kLanes) {
+      const Vec D = load(product + j) * load_or(x.w + at + j, size - j, 1.0f);
+      good &= (D > all(kLeast)) & (D <= all(1.0f));
+    }
+    if (!in_every_lane(good)) return n;
+    for (int64_t j = 0; j < size; j += kLanes) {
+      const int64_t n_lanes = size - j;
+      const Vec D = load(product + j) * load_or(x.w + at + j, n_lanes, 1.0f), undo = all(1.0f) / D;
+      store(product + j, D);
+      store(scaled + j, undo * load_or(x.b + at + j, n_lanes, 0.0f));
+      store(scaled + room + j, undo * load_or(x.k + at + j, n_lanes, 0.0f));
+      store(scaled + 2 * room + j, D * load_or(x.r + at + j, n_lanes, 0.0f));
+      store(scaled + 3 * room + j, D * load_or(x.a + next + j, n_lanes, 0.0f));
+    }
+  }
+  return most;
+}
+
+// One token with shared D. Last: of those that share it, so the state is multiplied by D again, and `bad`
+// becomes NaN where it is infinite or NaN.
+template <bool Last>
+XEXPORT_INLINE void pass(const float* from, float* to, const float* scaled, const float* product, int64_t size,
+                         Vec* u, const Vec* v, Vec* read, Vec& bad) {
+  const int64_t room = padded(size);
+  const float *b = scaled, *k = b + room, *r = k + room, *a = r + room;
+  Vec next[kTile] = {};
+  for (int64_t j = 0; j < size; ++j) {
+    const Vec bj = all(b[j]), kj = all(k[j]), rj = all(r[j]), aj = all(a[j]);
+    for (int q = 0; q < kTile; ++q) {
+      Vec s = load(from + j * kTileWidth + q * kLanes) + u[q] * bj;
+      s += v[q] * kj;
+      read[q] += s * rj;
+      next[q] += s * aj;
+      if (Last) {
+        s *= all(product[j]);
+        bad += s * all(0.0f);
+      }
+      store(to + j * kTileWidth + q * kLanes, s);
+    }
+  }
+  for (int q = 0; q < kTile; ++q) u[q] = next[q];
+}
+
+// `count` tokens with shared D. Whatever overflowed on the way, though S did not, has left its mark on the
+// state or on y, as nothing turns infinity back into a number; then they are done again without sharing.
+void shared(const Wkv7Head& x, int64_t first, int64_t count, const float* scaled, const float* product,
+            Tile& tile) {
+  const int64_t room = padded(x.size);
+  Vec u[kTile], bad = {};
+  for (int q = 0; q < kTile; ++q) u[q] = load(tile.u + q * kLanes);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t at = (first + n) * x.stride;
+    const float* from = n == 0 ? tile.now : tile.spare;
+    Vec v[kTile], read[kTile] = {};
+    load_values(tile, x.v + at, v);
+    prefetch(x, first + n + kShared, tile);
+    if (n + 1 < count) {
+      pass<false>(from, tile.spare, scaled + n * 4 * room, product, x.size, u, v, read, bad);
+    } else {
+      pass<true>(from, tile.spare, scaled + n * 4 * room, product, x.size, u, v, read, bad);
+    }
+    for (int q = 0; q < kTile; ++q) bad += read[q] * all(0.0f);
+    store_values(tile, read, x.y + at);
+  }
+  if (in_every_lane(bad == Vec{})) {
+    for (int q = 0; q < kTile; ++q) store(tile.u + q * kLanes, u[q]);
+    float* before = tile.now;
+    tile.now = tile.spare;
+    tile.spare = before;
+  } else {
+    for (int64_t n = 0; n < count; ++n) plain(x, first + n, tile);
+  }
+}
+
+// Puts columns `first` .. of the state and the first token's u into a tile.
+void fill(const Wkv7Head& x, int64_t first, float* memory, Tile& tile) {
+  const int64_t size = x.size, cells = size * kTileWidth;
+  tile = {memory, memory + cells, memory + 2 * cells, first, size - first < kTileWidth ? size - first : kTileWidth};
+  if (!tile.whole()) std::memset(tile.now, 0, static_cast<size_t>(cells) * sizeof(float));
+  transpose(x.state + first * size, size, tile.width, size, tile.now, kTileWidth);
+  Vec u[kTile] = {};
+  for (int64_t j = 0; j < size; ++j) {
+    for (int q = 0; q < kTile; ++q) u[q] += load(tile.now + j * kTileWidth + q * kLanes) * all(x.a[j]);
+  }
+  for (int q = 0; q < kTile; ++q) store(tile.u + q * kLanes, u[q]);
+}
+
+// Floats of `columns` for one tile, and for what all tiles share.
+int64_t tile_floats(int64_t size) { return 2 * size * kTileWidth + kTileWidth; }
+int64_t shared_floats(int64_t size) { return (4 * kShared + 1) * padded(size); }
+
+// The tiles that are done together: their state and the scaled vectors should stay in the cache.
+constexpr int kTiles = 8;
+
+void columns(const Wkv7Head& x, int64_t first, float* scratch) {
+  float* product = scratch + 4 * kShared * padded(x.size);
+  Tile tiles[kTiles];
+  int count = 0;
+  for (int64_t at = first; at < x.size && count < kTiles; at += kTileWidth, ++count) {
+    fill(x, at, scratch + shared_floats(x.size) + count * tile_floats(x.size), tiles[count]);
+  }
+  for (int64_t t = 0; t < x.tokens;) {
+    const int64_t together = share(x, t, scratch, product);
+    for (int i = 0; i < count; ++i) {
+      if (together > 0) {
+        shared(x, t, together, scratch, product, tiles[i]);
+      } else {
+        plain(x, t, tiles[i]);
+      }
+    }
+    t += together > 0 ? together : 1;
+  }
+  for (int i = 0; i < count; ++i) {
+    const Tile& tile = tiles[i];
+    transpose(tile.now, kTileWidth, x.size, tile.width, x.new_state + tile.first * x.size, x.size);
+  }
 }
 
 void head(const Wkv7Head& x, float* scratch) {
   if (x.tokens < kColumnsFrom) {
     x.size == 64 ? rows<64>(x) : rows<0>(x);
   } else {
-    by_columns(x, scratch);
+    for (int64_t first = 0; first < x.size; first += kTiles * kTileWidth) columns(x, first, scratch);
   }
 }
 
-int64_t scratch_size(int64_t size) { return size * kTileWidth; }
+int64_t scratch_size(int64_t size) { return shared_floats(size) + kTiles * tile_floats(size); }
 
 }  // namespace
 
