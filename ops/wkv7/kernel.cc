@@ -1,6 +1,8 @@
 // xexport::wkv7: (r, w, k, v, a, b [B,T,H,N], state [B,H,N,N]) -> (y [B,T,H,N], new_state [B,H,N,N]).
-// The definition is reference.py; the arithmetic is in loops.cc. One unit of work is one head.
+// The definition is reference.py; the arithmetic is in loops.cc. One unit of work is one head, or a few.
+#include <algorithm>
 #include <cstring>
+#include <thread>
 
 #include "../native/operator.h"
 #include "loops.h"
@@ -40,17 +42,29 @@ class Wkv7 {
       return;
     }
     const double work = 5.0 * static_cast<double>(B * T * H) * static_cast<double>(N * N) / 8;
-    call.parallel(B * H, work, [&](int64_t unit) {
-      const int64_t at = (unit / H * T * H + unit % H) * N, cell = unit * N * N;
-      const Wkv7Head head = {in[0].floats() + at, in[1].floats() + at, in[2].floats() + at,
-                             in[3].floats() + at, in[4].floats() + at, in[5].floats() + at,
-                             before + cell,       state + cell,        y + at,
-                             T,                   H * N,               N};
-      loops_.head(head, scratch(static_cast<size_t>(loops_.scratch(N))));
+    const int64_t group = heads_together(B * H, T), groups = (H + group - 1) / group;
+    call.parallel(B * groups, work, [&](int64_t unit) {
+      const int64_t b = unit / groups, first = unit % groups * group, many = std::min(group, H - first);
+      Wkv7Head heads[kWkv7Heads];
+      for (int64_t i = 0; i < many; ++i) {
+        const int64_t at = (b * T * H + first + i) * N, cell = (b * H + first + i) * N * N;
+        heads[i] = {in[0].floats() + at, in[1].floats() + at, in[2].floats() + at,
+                    in[3].floats() + at, in[4].floats() + at, in[5].floats() + at,
+                    before + cell,       state + cell,        y + at,
+                    T,                   H * N,               N};
+      }
+      loops_.run(heads, many, scratch(static_cast<size_t>(loops_.scratch(N))));
     });
   }
 
  private:
+  // Neighbours in memory are best done together, if every thread still gets some: as a session doesn't say
+  // how many threads it has, a unit for each processor.
+  static int64_t heads_together(int64_t heads, int64_t tokens) {
+    static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
+    return tokens == 1 ? 1 : std::clamp<int64_t>(heads / processors, 1, kWkv7Heads);
+  }
+
   Node node_;
   const Wkv7Loops& loops_;
 };

@@ -107,9 +107,10 @@ void rows(const Wkv7Head& x) {
 
 // Some columns of the turned state, [size, kTileWidth]; behind the last one the lanes hold zeros.
 struct Tile {
-  float *now, *spare;  // the state, and room for what comes next
-  float* u;            // S a of the token that comes next
+  float* state;
+  float* u;  // S a of the token that comes next
   int64_t first, width;
+  bool overflowed;
 
   bool whole() const { return width == kTileWidth; }
 };
@@ -145,7 +146,7 @@ void plain(const Wkv7Head& x, int64_t t, const Tile& tile) {
   for (int64_t j = 0; j < x.size; ++j) {
     const Vec wj = all(w[j]), bj = all(b[j]), kj = all(k[j]), rj = all(r[j]), aj = all(a[j]);
     for (int q = 0; q < kTile; ++q) {
-      float* cell = tile.now + j * kTileWidth + q * kLanes;
+      float* cell = tile.state + j * kTileWidth + q * kLanes;
       const Vec s = load(cell) * wj + u[q] * bj + v[q] * kj;
       store(cell, s);
       read[q] += s * rj;
@@ -185,11 +186,10 @@ int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
 
 // Of the tokens from `first` on, as many as may share one D: their b/D, k/D, r D and the next token's a D,
 // each `padded(size)` long, and the last D. None, if the first decay is 0, above 1 or no number.
-int64_t share(const Wkv7Head& x, int64_t first, float* scaled, float* product) {
+int64_t share(const Wkv7Head& x, int64_t first, int64_t end, float* scaled, float* product) {
   const int64_t size = x.size, room = padded(size);
-  const int64_t most = x.tokens - first < kShared ? x.tokens - first : kShared;
   for (int64_t j = 0; j < room; j += kLanes) store(product + j, all(1.0f));
-  for (int64_t n = 0; n < most; ++n, scaled += 4 * room) {
+  for (int64_t n = 0; n < end - first; ++n, scaled += 4 * room) {
     const int64_t at = (first + n) * x.stride, next = next_at(x, first + n);
     IntVec good = IntVec{} - 1;
     for (int64_t j = 0; j < size; j += kLanes) {
@@ -207,21 +207,22 @@ int64_t share(const Wkv7Head& x, int64_t first, float* scaled, float* product) {
       store(scaled + 3 * room + j, D * load_or(x.a + next + j, n_lanes, 0.0f));
     }
   }
-  return most;
+  return end - first;
 }
 
 // One token with shared D. Last: of those that share it, so the state is multiplied by D again, and `bad`
 // becomes NaN where it is infinite or NaN.
 template <bool Last>
-XEXPORT_INLINE void pass(const float* from, float* to, const float* scaled, const float* product, int64_t size,
-                         Vec* u, const Vec* v, Vec* read, Vec& bad) {
+XEXPORT_INLINE void pass(float* state, const float* scaled, const float* product, int64_t size, Vec* u,
+                         const Vec* v, Vec* read, Vec& bad) {
   const int64_t room = padded(size);
   const float *b = scaled, *k = b + room, *r = k + room, *a = r + room;
   Vec next[kTile] = {};
   for (int64_t j = 0; j < size; ++j) {
     const Vec bj = all(b[j]), kj = all(k[j]), rj = all(r[j]), aj = all(a[j]);
     for (int q = 0; q < kTile; ++q) {
-      Vec s = load(from + j * kTileWidth + q * kLanes) + u[q] * bj;
+      float* cell = state + j * kTileWidth + q * kLanes;
+      Vec s = load(cell) + u[q] * bj;
       s += v[q] * kj;
       read[q] += s * rj;
       next[q] += s * aj;
@@ -229,99 +230,106 @@ XEXPORT_INLINE void pass(const float* from, float* to, const float* scaled, cons
         s *= all(product[j]);
         bad += s * all(0.0f);
       }
-      store(to + j * kTileWidth + q * kLanes, s);
+      store(cell, s);
     }
   }
   for (int q = 0; q < kTile; ++q) u[q] = next[q];
 }
 
-// `count` tokens with shared D. Whatever overflowed on the way, though S did not, has left its mark on the
-// state or on y, as nothing turns infinity back into a number; then they are done again without sharing.
+// `count` tokens with shared D. Whatever overflowed on the way, though S did not, leaves its mark on the state
+// or on y, as nothing turns infinity back into a number.
 void shared(const Wkv7Head& x, int64_t first, int64_t count, const float* scaled, const float* product,
             Tile& tile) {
-  const int64_t room = padded(x.size);
+  const int64_t step = 4 * padded(x.size);
   Vec u[kTile], bad = {};
   for (int q = 0; q < kTile; ++q) u[q] = load(tile.u + q * kLanes);
-  for (int64_t n = 0; n < count; ++n) {
+  for (int64_t n = 0; n < count; ++n, scaled += step) {
     const int64_t at = (first + n) * x.stride;
-    const float* from = n == 0 ? tile.now : tile.spare;
     Vec v[kTile], read[kTile] = {};
     load_values(tile, x.v + at, v);
     prefetch(x, first + n + kShared, tile);
     if (n + 1 < count) {
-      pass<false>(from, tile.spare, scaled + n * 4 * room, product, x.size, u, v, read, bad);
+      pass<false>(tile.state, scaled, product, x.size, u, v, read, bad);
     } else {
-      pass<true>(from, tile.spare, scaled + n * 4 * room, product, x.size, u, v, read, bad);
+      pass<true>(tile.state, scaled, product, x.size, u, v, read, bad);
     }
     for (int q = 0; q < kTile; ++q) bad += read[q] * all(0.0f);
     store_values(tile, read, x.y + at);
   }
-  if (in_every_lane(bad == Vec{})) {
-    for (int q = 0; q < kTile; ++q) store(tile.u + q * kLanes, u[q]);
-    float* before = tile.now;
-    tile.now = tile.spare;
-    tile.spare = before;
-  } else {
-    for (int64_t n = 0; n < count; ++n) plain(x, first + n, tile);
-  }
+  for (int q = 0; q < kTile; ++q) store(tile.u + q * kLanes, u[q]);
+  tile.overflowed |= !in_every_lane(bad == Vec{});
 }
 
 // Puts columns `first` .. of the state and the first token's u into a tile.
 void fill(const Wkv7Head& x, int64_t first, float* memory, Tile& tile) {
-  const int64_t size = x.size, cells = size * kTileWidth;
-  tile = {memory, memory + cells, memory + 2 * cells, first, size - first < kTileWidth ? size - first : kTileWidth};
-  if (!tile.whole()) std::memset(tile.now, 0, static_cast<size_t>(cells) * sizeof(float));
-  transpose(x.state + first * size, size, tile.width, size, tile.now, kTileWidth);
+  const int64_t size = x.size, cells = size * kTileWidth, left = size - first;
+  tile = {memory, memory + cells, first, left < kTileWidth ? left : kTileWidth, false};
+  if (!tile.whole()) std::memset(tile.state, 0, static_cast<size_t>(cells) * sizeof(float));
+  transpose(x.state + first * size, size, tile.width, size, tile.state, kTileWidth);
   Vec u[kTile] = {};
   for (int64_t j = 0; j < size; ++j) {
-    for (int q = 0; q < kTile; ++q) u[q] += load(tile.now + j * kTileWidth + q * kLanes) * all(x.a[j]);
+    for (int q = 0; q < kTile; ++q) u[q] += load(tile.state + j * kTileWidth + q * kLanes) * all(x.a[j]);
   }
   for (int q = 0; q < kTile; ++q) store(tile.u + q * kLanes, u[q]);
 }
 
-// Floats of `columns` for one tile, and for what all tiles share.
-int64_t tile_floats(int64_t size) { return 2 * size * kTileWidth + kTileWidth; }
-int64_t shared_floats(int64_t size) { return (4 * kShared + 1) * padded(size); }
+// Writes the state; if sharing has overflowed, all tokens are done first once more, without.
+void finish(const Wkv7Head& x, Tile& tile) {
+  if (tile.overflowed) {
+    fill(x, tile.first, tile.state, tile);
+    for (int64_t t = 0; t < x.tokens; ++t) plain(x, t, tile);
+  }
+  transpose(tile.state, kTileWidth, x.size, tile.width, x.new_state + tile.first * x.size, x.size);
+}
 
-// The tiles that are done together: their state and the scaled vectors should stay in the cache.
+// Floats of one tile, and of what all tiles read.
+int64_t tile_floats(int64_t size) { return (size + 1) * kTileWidth; }
+int64_t scaled_floats(int64_t size) { return (4 * kShared + 1) * padded(size); }
+
+// Tiles of a head that are done together: their state and the scaled vectors should stay in the cache.
 constexpr int kTiles = 8;
 
-void columns(const Wkv7Head& x, int64_t first, float* scratch) {
-  float* product = scratch + 4 * kShared * padded(x.size);
-  Tile tiles[kTiles];
+void columns(const Wkv7Head* heads, int64_t many, int64_t first, float* scratch) {
+  const int64_t size = heads[0].size, tokens = heads[0].tokens;
+  float *product = scratch + 4 * kShared * padded(size), *memory = scratch + scaled_floats(size);
+  Tile tiles[kWkv7Heads][kTiles];
   int count = 0;
-  for (int64_t at = first; at < x.size && count < kTiles; at += kTileWidth, ++count) {
-    fill(x, at, scratch + shared_floats(x.size) + count * tile_floats(x.size), tiles[count]);
+  for (int64_t at = first; at < size && count < kTiles; at += kTileWidth, ++count) {
+    for (int64_t h = 0; h < many; ++h, memory += tile_floats(size)) fill(heads[h], at, memory, tiles[h][count]);
   }
-  for (int64_t t = 0; t < x.tokens;) {
-    const int64_t together = share(x, t, scratch, product);
-    for (int i = 0; i < count; ++i) {
-      if (together > 0) {
-        shared(x, t, together, scratch, product, tiles[i]);
-      } else {
-        plain(x, t, tiles[i]);
+  for (int64_t from = 0; from < tokens; from += kShared) {
+    const int64_t to = from + kShared < tokens ? from + kShared : tokens;
+    for (int64_t h = 0; h < many; ++h) {
+      for (int64_t t = from, together; t < to; t += together > 0 ? together : 1) {
+        together = share(heads[h], t, to, scratch, product);
+        for (int i = 0; i < count; ++i) {
+          if (together > 0) {
+            shared(heads[h], t, together, scratch, product, tiles[h][i]);
+          } else {
+            plain(heads[h], t, tiles[h][i]);
+          }
+        }
       }
     }
-    t += together > 0 ? together : 1;
   }
-  for (int i = 0; i < count; ++i) {
-    const Tile& tile = tiles[i];
-    transpose(tile.now, kTileWidth, x.size, tile.width, x.new_state + tile.first * x.size, x.size);
+  for (int64_t h = 0; h < many; ++h) {
+    for (int i = 0; i < count; ++i) finish(heads[h], tiles[h][i]);
   }
 }
 
-void head(const Wkv7Head& x, float* scratch) {
-  if (x.tokens < kColumnsFrom) {
-    x.size == 64 ? rows<64>(x) : rows<0>(x);
+void run(const Wkv7Head* heads, int64_t count, float* scratch) {
+  const int64_t size = heads[0].size;
+  if (heads[0].tokens < kColumnsFrom) {
+    for (int64_t h = 0; h < count; ++h) size == 64 ? rows<64>(heads[h]) : rows<0>(heads[h]);
   } else {
-    for (int64_t first = 0; first < x.size; first += kTiles * kTileWidth) columns(x, first, scratch);
+    for (int64_t first = 0; first < size; first += kTiles * kTileWidth) columns(heads, count, first, scratch);
   }
 }
 
-int64_t scratch_size(int64_t size) { return shared_floats(size) + kTiles * tile_floats(size); }
+int64_t scratch_size(int64_t size) { return scaled_floats(size) + kWkv7Heads * kTiles * tile_floats(size); }
 
 }  // namespace
 
-const Wkv7Loops wkv7_loops = {head, scratch_size};
+const Wkv7Loops wkv7_loops = {run, scratch_size};
 
 }  // namespace xexport::XEXPORT_ISA

@@ -16,9 +16,13 @@ struct Wkv7Head {
   int64_t tokens, stride, size;
 };
 
+// Heads at a time, at most.
+constexpr int64_t kWkv7Heads = 6;
+
 struct Wkv7Loops {
-  void (*head)(const Wkv7Head& head, float* scratch);
-  int64_t (*scratch)(int64_t size);  // floats that `head` needs
+  // `count` heads of the same sizes; neighbours, so that what is read for one serves the next.
+  void (*run)(const Wkv7Head* heads, int64_t count, float* scratch);
+  int64_t (*scratch)(int64_t size);  // floats that `run` needs
 };
 
 XEXPORT_DECLARE_LOOPS(Wkv7Loops, wkv7_loops)
