@@ -13,22 +13,38 @@ constexpr float kLog2E = 1.44269504088896341f;
 // Adding 1.5 * 2^23 rounds to the nearest integer, which then is in the low 22 bits of the sum.
 constexpr float kRounder = 12582912.0f;
 
-struct Power {
-  Vec fraction;     // 2^f, in [0.7, 1.42]
-  IntVec exponent;  // n in the low 22 bits
-};
+// z, of which the compiler doesn't know that it is a product. It would make multiply-adds of what is to be an
+// addition; those compete with the polynomial for the multipliers, while processors have adders idle.
+XEXPORT_INLINE Vec no_product(Vec z) {
+#if defined(__aarch64__)
+  __asm__("" : "+w"(z));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(z));
+#endif
+  return z;
+}
 
-XEXPORT_INLINE Power power_of_product(Vec x, Vec y) {
-  const Vec rounded = x * y + all(kRounder);
-  const Vec n = rounded - all(kRounder);
-  const Vec f = x * y - n;  // with a fused multiply-add the product is never rounded
-  const Vec f2 = f * f;
-  Vec p = all(1.326472731e-3f) * f + all(9.671512991e-3f);
-  p = p * f2 + (all(5.550733581e-2f) * f + all(2.402224243e-1f));
-  p = p * f2 + (all(6.931470037e-1f) * f + all(1.0f));
-  IntVec bits;
-  std::memcpy(&bits, &rounded, sizeof(bits));
-  return {p, bits};
+// Count powers 2^z[i] as fractions 2^f in [0.7, 1.42], left in z, and exponents n in the low 22 bits. They go
+// side by side: a chain of 9 dependent operations fills a processor's window before its end is done.
+template <int Count>
+XEXPORT_INLINE void powers(Vec* z, IntVec* exponents) {
+  Vec p[Count];
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) p[i] = z[i] + all(kRounder);
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) std::memcpy(&exponents[i], &p[i], sizeof(Vec));
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) z[i] -= p[i] - all(kRounder);
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) p[i] = all(1.326472731e-3f) * z[i] + all(9.671512991e-3f);
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) p[i] = p[i] * z[i] + all(5.550733581e-2f);
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) p[i] = p[i] * z[i] + all(2.402224243e-1f);
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) p[i] = p[i] * z[i] + all(6.931470037e-1f);
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) z[i] = p[i] * z[i] + all(1.0f);
 }
 
 // Where 2^z is neither zero, denormal, infinite nor NaN: -1, else 0.
@@ -41,15 +57,17 @@ XEXPORT_INLINE IntVec is_normal_power(Vec z) {
   return size < all(125.5f);
 }
 
-// 2^(x y) where is_normal_power(x y): the exponent can simply be added to the bits of the fraction.
-XEXPORT_INLINE Vec exp2_normal(Vec x, Vec y) {
-  const Power power = power_of_product(x, y);
-  IntVec bits;
-  std::memcpy(&bits, &power.fraction, sizeof(bits));
-  bits += power.exponent << 23;  // shifts out the bits of kRounder
-  Vec result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
+// z[i] = 2^(z[i]) where is_normal_power(z[i]): the exponent can simply be added to the bits of the fraction.
+template <int Count>
+XEXPORT_INLINE void exp2_normal(Vec* z) {
+  IntVec exponents[Count], bits;
+  powers<Count>(z, exponents);
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) {
+    std::memcpy(&bits, &z[i], sizeof(bits));
+    bits += exponents[i] << 23;  // shifts out the bits of kRounder
+    std::memcpy(&z[i], &bits, sizeof(bits));
+  }
 }
 
 XEXPORT_INLINE Vec power_of_integer(IntVec n) {
@@ -59,15 +77,15 @@ XEXPORT_INLINE Vec power_of_integer(IntVec n) {
   return result;
 }
 
-// 2^(x y) for any x and y: 0 and denormals below, infinity above, NaN of NaN.
-XEXPORT_INLINE Vec exp2_any(Vec x, Vec y) {
-  Vec z = x * y;
+// 2^z for any z: 0 and denormals below, infinity above, NaN of NaN.
+XEXPORT_INLINE Vec exp2_any(Vec z) {
   z = z < all(-151.0f) ? all(-151.0f) : z;  // rounds to 0; a comparison with NaN is false
   z = z > all(129.0f) ? all(129.0f) : z;
-  const Power power = power_of_product(z, all(1.0f));
-  const IntVec n = (power.exponent << 10) >> 10;  // with its sign
+  IntVec n;
+  powers<1>(&z, &n);
+  n = (n << 10) >> 10;  // with its sign
   const IntVec half = n >> 1;
-  return power.fraction * power_of_integer(half) * power_of_integer(n - half);
+  return z * power_of_integer(half) * power_of_integer(n - half);
 }
 
 }  // namespace xexport::XEXPORT_ISA

@@ -3,6 +3,7 @@
 // The definition is reference.py; the arithmetic is in loops.cc. One unit of work is a block of channels.
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 #include "../native/operator.h"
 #include "loops.h"
@@ -45,10 +46,10 @@ class SelectiveScanKernel {
       if (state != before) std::memcpy(state, before, static_cast<size_t>(B * D * N) * sizeof(float));
       return;
     }
-    const int64_t blocks = (D + kBlock - 1) / kBlock;
+    const int64_t width = channels_together(D), units = (D + width - 1) / width;
     const double work = 3.0 * static_cast<double>(B * T) * static_cast<double>(D * N);
-    call.parallel(B * blocks, work, [&](int64_t unit) {
-      const int64_t b = unit / blocks, first = unit % blocks * kBlock;
+    call.parallel(B * units, work, [&](int64_t unit) {
+      const int64_t b = unit / units, first = unit % units * width;
       const SelectiveScan scan = {in[0].floats() + b * T * D,
                                   in[1].floats() + b * T * D,
                                   in[2].floats(),
@@ -61,12 +62,22 @@ class SelectiveScanKernel {
                                   T,
                                   D,
                                   N};
-      loops_.run(scan, first, std::min(first + kBlock, D), scratch(static_cast<size_t>(loops_.scratch(N))));
+      const int64_t last = std::min(first + width, D);
+      loops_.run(scan, first, last, scratch(static_cast<size_t>(loops_.scratch(N))));
     });
   }
 
  private:
-  static constexpr int64_t kBlock = 64;  // channels of a unit: whole vectors of every instruction set
+  // Rows of tokens are read in long pieces, if every thread gets one: as a session doesn't say how many
+  // threads it has, there are as many pieces as processors, or a multiple.
+  static int64_t channels_together(int64_t channels) {
+    static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
+    constexpr int64_t kStep = 64;  // whole vectors of every instruction set
+    const int64_t least = (channels + kScanChannels - 1) / kScanChannels;
+    const int64_t pieces = (least + processors - 1) / processors * processors;
+    return std::max<int64_t>(1, (channels + pieces * kStep - 1) / (pieces * kStep)) * kStep;
+  }
+
   Node node_;
   const SelectiveScanLoops& loops_;
 };

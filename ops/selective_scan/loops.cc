@@ -42,7 +42,12 @@ XEXPORT_INLINE void update(const SelectiveScan& x, int64_t t, int64_t first, int
     Vec sum = {};
     for (int64_t n = 0; n < size; n += kLanes) {
       const Vec A = load(x.A + cell + n);
-      const Vec decay = Careful ? exp2_any(dt, A) : exp2_normal(dt, A);
+      Vec decay = no_product(dt * A);
+      if (Careful) {
+        decay = exp2_any(decay);
+      } else {
+        exp2_normal<1>(&decay);
+      }
       const Vec h = decay * load(from + cell + n) + added * load(B + n);
       store(x.new_state + cell + n, h);
       sum += h * load(C + n);
@@ -87,91 +92,142 @@ void steps(const SelectiveScan& x, int64_t first, int64_t last) {
   }
 }
 
-// One token of a block of channels; h and A are [size, kWidth], dt is scaled by log2(e). Careful: exp(dt A)
-// need not be a normal number.
+// exp(dt A) of a token and block, [size, kWidth]; dt is scaled by log2(e). Careful: they need not be normal.
 template <bool Careful>
-XEXPORT_INLINE void token(const Vec* dt, const Vec* added, const float* A, const float* B, const float* C,
-                          int64_t size, float* h, Vec* y) {
+XEXPORT_INLINE void decays(const Vec* dt, const float* A, int64_t size, float* to) {
+  constexpr int kMany = 4;  // vectors side by side
+  int64_t at = 0;
+  for (; !Careful && at + kMany * kLanes <= size * kWidth; at += kMany * kLanes) {
+    Vec z[kMany];
+#pragma GCC unroll 4
+    for (int i = 0; i < kMany; ++i) z[i] = no_product(dt[i % kBlock] * load(A + at + i * kLanes));
+    exp2_normal<kMany>(z);
+#pragma GCC unroll 4
+    for (int i = 0; i < kMany; ++i) store(to + at + i * kLanes, z[i]);
+  }
+  for (int64_t q = 0; at < size * kWidth; at += kLanes, ++q) {
+    store(to + at, exp2_any(no_product(dt[q % kBlock] * load(A + at))));
+  }
+}
+
+// One token of a block of channels; h and decay are [size, kWidth].
+XEXPORT_INLINE void token(const float* decay, const Vec* added, const float* B, const float* C, int64_t size,
+                          float* h, Vec* y) {
   for (int64_t n = 0; n < size; ++n) {
     const Vec b = all(B[n]), c = all(C[n]);
 #pragma GCC unroll 4
     for (int q = 0; q < kBlock; ++q) {
       const int64_t cell = n * kWidth + q * kLanes;
-      const Vec decay = Careful ? exp2_any(dt[q], load(A + cell)) : exp2_normal(dt[q], load(A + cell));
-      const Vec next = decay * load(h + cell) + added[q] * b;
+      const Vec next = load(decay + cell) * load(h + cell) + added[q] * b;
       store(h + cell, next);
       y[q] += next * c;
     }
   }
 }
 
-// Channels first .. first + width - 1, width <= kWidth.
-void columns(const SelectiveScan& x, int64_t first, int64_t width, float* scratch) {
-  const int64_t size = x.size;
-  float *h = scratch, *A = scratch + size * kWidth;
-  if (width < kWidth) std::memset(scratch, 0, static_cast<size_t>(2 * size * kWidth) * sizeof(float));
-  transpose(x.state + first * size, size, width, size, h, kWidth);
-  transpose(x.A + first * size, size, width, size, A, kWidth);
-  Vec low[kBlock] = {}, high[kBlock] = {};  // the least and the greatest A of a channel, and 0
+// kWidth channels, or what is left of them; behind the last one the lanes hold zeros.
+struct Block {
+  float *h, *A;    // [size, kWidth]
+  Vec low[kBlock], high[kBlock];  // the least and the greatest A of a channel, and 0
+  Vec skip[kBlock];
+  int64_t first, width;
+};
+
+XEXPORT_INLINE void load_channels(const Block& block, const float* from, Vec* to) {
+  alignas(kBytes) float part[kWidth] = {};
+  if (block.width < kWidth) {
+    std::memcpy(part, from, static_cast<size_t>(block.width) * sizeof(float));
+    from = part;
+  }
+  for (int q = 0; q < kBlock; ++q) to[q] = load(from + q * kLanes);
+}
+
+XEXPORT_INLINE void store_channels(const Block& block, const Vec* from, float* to) {
+  alignas(kBytes) float part[kWidth];
+  float* whole = block.width < kWidth ? part : to;
+  for (int q = 0; q < kBlock; ++q) store(whole + q * kLanes, from[q]);
+  if (block.width < kWidth) std::memcpy(to, part, static_cast<size_t>(block.width) * sizeof(float));
+}
+
+void fill(const SelectiveScan& x, int64_t first, int64_t last, float* memory, Block& block) {
+  const int64_t size = x.size, width = last - first < kWidth ? last - first : kWidth;
+  block = {memory, memory + size * kWidth, {}, {}, {}, first, width};
+  if (width < kWidth) std::memset(memory, 0, static_cast<size_t>(2 * size * kWidth) * sizeof(float));
+  transpose(x.state + first * size, size, width, size, block.h, kWidth);
+  transpose(x.A + first * size, size, width, size, block.A, kWidth);
+  load_channels(block, x.D + first, block.skip);
   for (int64_t n = 0; n < size; ++n) {
     for (int q = 0; q < kBlock; ++q) {
-      const Vec a = load(A + n * kWidth + q * kLanes);
-      low[q] = a >= low[q] ? low[q] : a;  // a NaN gets in, and makes every token a careful one
-      high[q] = a <= high[q] ? high[q] : a;
+      const Vec a = load(block.A + n * kWidth + q * kLanes);
+      block.low[q] = a >= block.low[q] ? block.low[q] : a;  // a NaN gets in: every token is a careful one
+      block.high[q] = a <= block.high[q] ? block.high[q] : a;
     }
   }
-  alignas(kBytes) float skip[kWidth] = {}, steps[kWidth] = {}, inputs[kWidth] = {};
-  std::memcpy(skip, x.D + first, static_cast<size_t>(width) * sizeof(float));
-  const size_t bytes = static_cast<size_t>(width) * sizeof(float);
-  for (int64_t t = 0; t < x.tokens; ++t) {
-    const int64_t row = t * x.channels + first;
-    if (width == kWidth) {
-      std::memcpy(steps, x.dt + row, sizeof(steps));
-      std::memcpy(inputs, x.u + row, sizeof(inputs));
-      if (t + 4 < x.tokens) {
-        __builtin_prefetch(x.dt + row + 4 * x.channels);
-        __builtin_prefetch(x.u + row + 4 * x.channels);
-        __builtin_prefetch(x.y + row + 4 * x.channels, 1);
-      }
-    } else {
-      std::memcpy(steps, x.dt + row, bytes);
-      std::memcpy(inputs, x.u + row, bytes);
-    }
-    Vec dt[kBlock], added[kBlock], y[kBlock];
+}
+
+// Tokens from .. to - 1 of a block. The next block's are asked for meanwhile: the rows of tokens lie in
+// different pages, so no prefetcher of a processor guesses them.
+void columns(const SelectiveScan& x, const Block& block, int64_t from, int64_t to, int64_t ahead,
+             float* decay) {
+  for (int64_t t = from; t < to; ++t) {
+    const int64_t row = t * x.channels + block.first;
+    __builtin_prefetch(x.dt + row + ahead);
+    __builtin_prefetch(x.u + row + ahead);
+    __builtin_prefetch(x.y + row + ahead, 1);
+    Vec dt[kBlock], u[kBlock], added[kBlock], y[kBlock];
+    load_channels(block, x.dt + row, dt);
+    load_channels(block, x.u + row, u);
     IntVec normal = IntVec{} - 1;
     for (int q = 0; q < kBlock; ++q) {
-      const Vec u = load(inputs + q * kLanes);
-      dt[q] = load(steps + q * kLanes) * all(kLog2E);
-      added[q] = load(steps + q * kLanes) * u;
-      y[q] = load(skip + q * kLanes) * u;
+      added[q] = dt[q] * u[q];
+      y[q] = block.skip[q] * u[q];
+      dt[q] *= all(kLog2E);
       // for a negative dt the ends change places
-      normal &= is_normal_power(dt[q] * low[q]) & is_normal_power(dt[q] * high[q]);
+      normal &= is_normal_power(dt[q] * block.low[q]) & is_normal_power(dt[q] * block.high[q]);
     }
-    const float *B = x.B + t * size, *C = x.C + t * size;
+    const float *B = x.B + t * x.size, *C = x.C + t * x.size;
     if (in_every_lane(normal)) {
-      token<false>(dt, added, A, B, C, size, h, y);
+      decays<false>(dt, block.A, x.size, decay);
     } else {
-      token<true>(dt, added, A, B, C, size, h, y);
+      decays<true>(dt, block.A, x.size, decay);
     }
-    if (width == kWidth) {
-      for (int q = 0; q < kBlock; ++q) store(x.y + row + q * kLanes, y[q]);
-    } else {
-      for (int q = 0; q < kBlock; ++q) store(steps + q * kLanes, y[q]);
-      std::memcpy(x.y + row, steps, bytes);
-    }
+    token(decay, added, B, C, x.size, block.h, y);
+    store_channels(block, y, x.y + row);
   }
-  transpose(h, kWidth, size, width, x.new_state + first * size, size);
+}
+
+// Tokens that a block does before the next one's turn.
+constexpr int64_t kTokens = 16;
+constexpr int kBlocks = static_cast<int>(kScanChannels / kWidth);
+
+void by_columns(const SelectiveScan& x, int64_t first, int64_t last, float* scratch) {
+  Block blocks[kBlocks];
+  int count = 0;
+  float* decay = scratch + 2 * x.size * kScanChannels;
+  for (int64_t d = first; d < last; d += kWidth, ++count) {
+    fill(x, d, last, scratch + count * 2 * x.size * kWidth, blocks[count]);
+  }
+  for (int64_t t = 0; t < x.tokens; t += kTokens) {
+    const int64_t end = t + kTokens < x.tokens ? t + kTokens : x.tokens;
+    // behind the last block comes the first one, with the tokens after these
+    const int64_t back = end + kTokens <= x.tokens ? kTokens * x.channels - (count - 1) * kWidth : 0;
+    for (int i = 0; i < count; ++i) columns(x, blocks[i], t, end, i + 1 < count ? kWidth : back, decay);
+  }
+  for (int i = 0; i < count; ++i) {
+    const Block& block = blocks[i];
+    transpose(block.h, kWidth, x.size, block.width, x.new_state + block.first * x.size, x.size);
+  }
 }
 
 void run(const SelectiveScan& x, int64_t first, int64_t last, float* scratch) {
   if (x.tokens < kColumnsFrom && x.size % kLanes == 0) {
     x.size == 16 ? steps<16>(x, first, last) : steps<0>(x, first, last);
-    return;
+  } else {
+    by_columns(x, first, last, scratch);
   }
-  for (int64_t d = first; d < last; d += kWidth) columns(x, d, last - d < kWidth ? last - d : kWidth, scratch);
 }
 
-int64_t scratch_size(int64_t size) { return 2 * size * kWidth; }
+int64_t scratch_size(int64_t size) { return size * (2 * kScanChannels + kWidth); }
 
 }  // namespace
 

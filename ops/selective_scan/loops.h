@@ -19,8 +19,11 @@ struct SelectiveScan {
   int64_t tokens, channels, size;
 };
 
+// Channels at a time, at most: whole vectors of every instruction set.
+constexpr int64_t kScanChannels = 512;
+
 struct SelectiveScanLoops {
-  // Channels first .. last - 1; `scratch` as below.
+  // Channels first .. last - 1, at most kScanChannels of them; `scratch` as below.
   void (*run)(const SelectiveScan& scan, int64_t first, int64_t last, float* scratch);
   int64_t (*scratch)(int64_t size);  // floats that `run` needs
 };
