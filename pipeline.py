@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from xexport.core.errors import InputError, OutputError
-from xexport.core.manifest import MANIFEST_NAME, Manifest, ModelInfo, encode_manifest
+from xexport.core.manifest import KEEP_INPUT, MANIFEST_NAME, Manifest, ModelInfo, encode_manifest
 from xexport.core.progress import Progress, Silent
 from xexport.core.records import Record
 from xexport.core.registry import family_names, family_title
@@ -195,7 +195,8 @@ def _export_into(
         written = write_graph(graph, output.bundle, target.bodies, target.why, progress)
     # large weights stay in the checkpoint's file until PyTorch is timed, where that would be unfair
     reference = module if source.parameters > _LARGE else source.eager()
-    torch_stream = TorchStream(cast("ChunkModule", reference))
+    head = source.head if any(v.name == KEEP_INPUT for v in graph.graph.inputs) else None
+    torch_stream = TorchStream(cast("ChunkModule", reference), head=head)
     corpus = corpus or _corpus(source, vocab, eval_text)
     write_reference(output.bundle / REFERENCE_NAME, torch_stream, corpus.tokens)
     facts["refusals"] = refusals
@@ -245,7 +246,10 @@ def _measure(
         others: dict[str, Runner] = {}
         if to_time is not None:
             large = to_time.parameters > _LARGE
-            others["torch"] = TorchStream(cast("ChunkModule", to_time.eager())) if large else torch_stream
+            head = to_time.head if torch_stream.keeps else None
+            others["torch"] = (
+                TorchStream(cast("ChunkModule", to_time.eager()), head=head) if large else torch_stream
+            )
         if fp32 is not bundle:
             others["onnx"] = fp32.stream()
         rows += suite.speed(bundle, others, corpus, setup, sizes, progress)

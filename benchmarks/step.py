@@ -54,7 +54,7 @@ def open_runners(source: Any, bundles: Mapping[str, Path], threads: int) -> dict
     import xexport
     from xexport.runtimes.torch_eager import TorchStream
 
-    runners: dict[str, Any] = {_TORCH: TorchStream(source.eager())}
+    runners: dict[str, Any] = {_TORCH: TorchStream(source.eager(), head=source.head)}
     for target, path in bundles.items():
         runners[target] = xexport.load(path, verify=False).stream(threads=threads)
     return runners
@@ -76,7 +76,7 @@ def prefill_calls(runners: Mapping[str, Any], tokens: Any, length: int) -> dict[
 
     def prefill(runner: Any) -> None:
         runner.reset()
-        runner.feed(tokens[:, :length])
+        runner.feed(tokens[:, :length], keep=1)
 
     return {name: partial(prefill, r) for name, r in runners.items()}
 

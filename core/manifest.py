@@ -14,6 +14,7 @@ import msgspec
 from xexport.core.errors import BundleError
 
 __all__ = [
+    "KEEP_INPUT",
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
     "Appended",
@@ -33,6 +34,8 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+#: graph input int64 [1], default 0: of how many of the last positions logits are computed (0: of all T)
+KEEP_INPUT = "logits_to_keep"
 
 
 class FileEntry(msgspec.Struct, frozen=True):

@@ -292,10 +292,15 @@ class ChunkLaw(msgspec.Struct, frozen=True, tag_field="kind", tag="chunk_law"):
 
 
 class Prefill(msgspec.Struct, frozen=True):
-    """Raw times of one call that feeds ``length`` tokens to an empty state."""
+    """Raw times of one call that feeds ``length`` tokens to an empty state.
+
+    ``logits``: of how many of the last positions the runner computed logits: 1 is what a prompt
+    needs, 0 means of every one (all that the runner can do, or a row from before this was told).
+    """
 
     length: int
     ns: tuple[int, ...]
+    logits: int = 0
 
     @property
     def tokens_per_s(self) -> float:

@@ -16,15 +16,20 @@ class Runner(Protocol):
         batch: B, fixed for the life of the runner.
         position: tokens fed since the last reset.
         max_tokens: the longest stream the state can hold, or None.
+        keeps: whether ``keep`` saves work; else every position's logits are computed and most dropped.
     """
 
     vocab_size: int
     batch: int
     position: int
     max_tokens: int | None
+    keeps: bool
 
-    def feed(self, tokens: Sequence[int] | Any) -> Any:
-        """Feed tokens (``[T]``, or int64 ``[B,T]``) and return float32 logits ``[B,T,V]`` (numpy)."""
+    def feed(self, tokens: Sequence[int] | Any, keep: int = 0) -> Any:
+        """Feed tokens (``[T]``, or int64 ``[B,T]``) and return float32 logits (numpy).
+
+        ``keep`` n returns those of the last n positions, ``[B,min(n,T),V]``; 0 those of all T.
+        """
 
     def reset(self) -> None:
         """Back to the state before the first token."""

@@ -41,7 +41,8 @@ def measure_latency(
         tokens: ``[n]`` ids to feed; they are repeated where more are needed.
         warmup, steps: single-token calls thrown away, and kept.
         prefill, repeats: lengths of whole-prompt calls on an empty state, and calls each (after one
-            thrown away). A length over the model's limit is left out.
+            thrown away). A length over the model's limit is left out. The logits after the last
+            token are asked for, as generation does; the row says whether the others were computed.
         positions, samples: places in the stream where ``samples`` more steps are timed; the way
             there is fed in chunks, so a growing cache is as large as it would be.
         open_runner: opens a fresh session; timed ``loads`` times, with its first call, which feeds
@@ -70,7 +71,9 @@ def measure_latency(
     progress.advance()
     calls = []
     for length in lengths:
-        calls.append(Prefill(length, _time_prefill(runner, source, length, repeats)))
+        calls.append(
+            Prefill(length, _time_prefill(runner, source, length, repeats), 1 if runner.keeps else 0)
+        )
         progress.advance()
     runner.reset()
     far = []
@@ -183,7 +186,7 @@ def _time_prefill(runner: Runner, source: _Source, length: int, repeats: int) ->
         piece = source.take(length)
         with _quiet():
             begin = time.perf_counter_ns()
-            runner.feed(piece)
+            runner.feed(piece, 1)
             took = time.perf_counter_ns() - begin
         if index:  # the first call of a length allocates
             samples.append(took)
@@ -192,7 +195,7 @@ def _time_prefill(runner: Runner, source: _Source, length: int, repeats: int) ->
 
 def _walk_to(runner: Runner, source: _Source, position: int, chunk: int = 256) -> None:
     while (left := position - runner.position) > 0:
-        runner.feed(source.take(min(chunk, left)))
+        runner.feed(source.take(min(chunk, left)), 1)
 
 
 def _time_loads(
@@ -206,7 +209,7 @@ def _time_loads(
             opened = time.perf_counter_ns()
             piece = source.take(prompt)
             fed = time.perf_counter_ns()
-            fresh.feed(piece)
+            fresh.feed(piece, 1)
             first_ns.append(time.perf_counter_ns() - fed)
         load_ns.append(opened - begin)
         del fresh

@@ -41,7 +41,7 @@ fed = 0
 tokens = [i % stream.vocab_size for i in range(count if limit is None else min(count, limit))]
 half = len(tokens) // 2
 if half:
-    stream.feed(tokens[:half])
+    stream.feed(tokens[:half], keep=1)
 for token in tokens[half:]:
     stream.feed([token])
 print(json.dumps({

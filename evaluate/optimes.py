@@ -95,7 +95,7 @@ def profile_ops(
                 cell.reset()
             at = index * tokens_per_call
             ids = np.take(source, range(at, at + tokens_per_call), mode="wrap")
-            cell.run(np.ascontiguousarray(ids[None, :]))
+            cell.run(np.ascontiguousarray(ids[None, :]), 1)
         written = Path(engine.session.end_profiling())
         return parse_profile(
             written,

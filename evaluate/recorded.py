@@ -29,9 +29,10 @@ class RecordedRunner:
         self.vocab_size = int(logits.shape[1])
         self.max_tokens: int | None = len(tokens)
         self.position = 0
+        self.keeps = True
         self._logits = logits
 
-    def feed(self, tokens: Sequence[int] | Any) -> NDArray[np.float32]:
+    def feed(self, tokens: Sequence[int] | Any, keep: int = 0) -> NDArray[np.float32]:
         """The recorded logits of the next tokens.
 
         Raises:
@@ -41,7 +42,7 @@ class RecordedRunner:
         stop = self.position + len(ids)
         if not np.array_equal(ids, self.tokens[self.position : stop]):
             raise InputError("a recorded reference knows its own text only", got=ids[:8].tolist())
-        out = self._logits[None, self.position : stop]
+        out = self._logits[None, max(self.position, stop - (keep or stop)) : stop]
         self.position = stop
         return out
 

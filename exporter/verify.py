@@ -5,7 +5,7 @@ A disagreement is an error that names the layer where the two first part (locate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from xexport.core.errors import ChunkLawError, ParityError
+from xexport.core.manifest import KEEP_INPUT
 from xexport.core.state import StateSpec, zero_state
 from xexport.exporter.writer import DATA_NAME
 
-__all__ = ["CHECKED_SHAPES", "Checks", "chunk_error", "onnx_forward", "torch_forward", "verify"]
+__all__ = ["CHECKED_SHAPES", "Checks", "OnnxForward", "chunk_error", "torch_forward", "verify"]
 
 #: one token, odd lengths, batches, and one length past every block size a body uses
 CHECKED_SHAPES = ((1, 1), (2, 1), (1, 3), (3, 5), (1, 67))
@@ -39,11 +40,14 @@ class Checks:
         parity: (B, T) -> largest error of logits and state, ONNX against PyTorch.
         chunk_error_torch, chunk_error_onnx: largest error of any way of cutting a sequence
             against feeding it whole.
+        kept_error: largest error of the graph that was asked for the logits of the last positions
+            only, over several numbers of them; None if it can't be asked.
     """
 
     parity: dict[str, float]
     chunk_error_torch: float
     chunk_error_onnx: float
+    kept_error: float | None = None
 
 
 def verify(
@@ -84,7 +88,7 @@ def verify(
         )
     if release is not None:
         release()
-    run = onnx_forward(graph)
+    run = OnnxForward(graph)
     parity: dict[str, float] = {}
     for sample in plan.samples:
         batch, length = sample.tokens.shape
@@ -106,7 +110,40 @@ def verify(
             got=f"{law_onnx.what}: error {law_onnx.error:.2e} for chunks of {law_onnx.cut}",
             allowed=f"at most {chunk_tolerance:.0e} of the RMS",
         )
-    return Checks(parity, plan.law.error, law_onnx.error)
+    kept = _check_kept(run, specs, plan, tolerance) if run.keeps else None
+    return Checks(parity, plan.law.error, law_onnx.error, kept)
+
+
+def _check_kept(run: OnnxForward, specs: Sequence[StateSpec], plan: _Plan, tolerance: float) -> float:
+    """The largest error of the last n logits, and of the state, for several n.
+
+    Raises:
+        ParityError: larger than ``tolerance``.
+    """
+    worst = 0.0
+    for sample, keep in _kept_cases(plan):
+        logits, state = sample.wanted
+        got = run(sample.tokens, sample.start, keep)
+        error, what = _largest(specs, logits[:, -keep:], state, *got)
+        if not error <= tolerance:
+            batch, length = sample.tokens.shape
+            raise ParityError(
+                f"the last {keep} positions' logits are not those of the whole, at B={batch}, T={length}",
+                got=f"{what}: error {error:.2e}",
+                allowed=f"at most {tolerance:.0e} of the RMS",
+                fix="this is a fault of exporter/passes/keep.py: please report it",
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _kept_cases(plan: _Plan) -> Iterator[tuple[_Sample, int]]:
+    """One, some, all but one, all, and more positions than there are, on samples of some length."""
+    long = [s for s in plan.samples if s.tokens.shape[1] > 1]
+    for sample in long[:1] if plan.brief else long:
+        length = sample.tokens.shape[1]
+        counts = (1, 2) if plan.brief else (1, 2, length - 1, length, length + 3)
+        yield from ((sample, keep) for keep in dict.fromkeys(counts))
 
 
 @dataclass(frozen=True)
@@ -117,11 +154,13 @@ class _Plan:
         law: the chunk law of the module.
         samples: what the graph is compared with.
         law_of: the chunk law of a forward function.
+        brief: every call takes seconds: make few.
     """
 
     law: _Worst
     samples: list[_Sample]
     law_of: Callable[[Forward], _Worst]
+    brief: bool = False
 
 
 def _full_plan(
@@ -163,7 +202,7 @@ def _brief_plan(eager: Forward, specs: Sequence[StateSpec], vocab: int) -> _Plan
             parts.append(part)
         return _Worst(*_largest(specs, *whole.wanted, np.concatenate(parts, 1), state), name)
 
-    return _Plan(law, [whole, pieces[0], pieces[1]], law_of)
+    return _Plan(law, [whole, pieces[0], pieces[1]], law_of, brief=True)
 
 
 def torch_forward(module: torch.nn.Module) -> Forward:
@@ -177,25 +216,34 @@ def torch_forward(module: torch.nn.Module) -> Forward:
     return forward
 
 
-def onnx_forward(graph: Path) -> Forward:
+class OnnxForward:
     """The graph in ONNX Runtime as a function of numpy arrays.
 
     Weights stay memory-mapped (no prepacking), so a large model is checked without a copy of it.
+
+    Attributes:
+        keeps: the graph can be asked for the logits of the last positions only.
     """
-    import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if _weight_bytes(graph) > _MAP_ABOVE:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
+    def __init__(self, graph: Path) -> None:
+        import onnxruntime as ort
 
-    def forward(tokens: Array, state: Sequence[Array]) -> tuple[Array, list[Array]]:
-        logits, *new = session.run(None, dict(zip(names, [tokens, *state], strict=True)))
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if _weight_bytes(graph) > _MAP_ABOVE:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self._names = [i.name for i in self._session.get_inputs()]
+        # an input with a default is not among the inputs
+        self.keeps = any(i.name == KEEP_INPUT for i in self._session.get_overridable_initializers())
+
+    def __call__(self, tokens: Array, state: Sequence[Array], keep: int = 0) -> tuple[Array, list[Array]]:
+        """Logits ``[B,T,V]``, or with ``keep`` ``[B,min(keep,T),V]``, and the new state."""
+        feeds = dict(zip(self._names, [tokens, *state], strict=True))
+        if keep:
+            feeds[KEEP_INPUT] = np.array([keep], np.int64)
+        logits, *new = self._session.run(None, feeds)
         return np.asarray(logits, np.float32), list(new)
-
-    return forward
 
 
 def _weight_bytes(graph: Path) -> int:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,19 @@ class Source:
     @property
     def parameters(self) -> int:
         return sum(t.numel() for t in self.tensors.values())
+
+    @property
+    def head(self) -> str | None:
+        """Path of the one ``nn.Linear`` that makes the logits, if the roles name it."""
+        paths = {
+            path
+            for path, child in self.skeleton.named_modules()
+            if isinstance(child, torch.nn.Linear) and self._role(f"{path}.weight") == "head"
+        }
+        return paths.pop() if len(paths) == 1 else None
+
+    def _role(self, name: str) -> str:
+        return next((role for glob, role in self.roles if fnmatchcase(name, glob)), "other")
 
     def eager(self, *, lean: bool = False) -> torch.nn.Module:
         """The module with its weights, for the PyTorch side of every comparison. It computes in float32.

@@ -32,6 +32,7 @@ __all__ = [
     "model",
     "positions",
     "resources",
+    "short_name",
     "signature",
     "sizes_by_role",
 ]
@@ -107,10 +108,15 @@ def _figures(row: Fidelity) -> tuple[str, ...]:
     )
 
 
+def short_name(runner: str) -> str:
+    """A runner as tables of times call it."""
+    return RUNNERS.get(runner, runner).replace(" (reference)", "")
+
+
 def latency(records: Sequence[Record]) -> Table:
     """One row a runner: step percentiles, decode, prefill by length, first token, load."""
     run, newest = compared_latency(records), latency_of(records)
-    named = [(RUNNERS[n].replace(" (reference)", ""), run[n]) for n in RUNNERS if n in run]
+    named = [(short_name(n), run[n]) for n in RUNNERS if n in run]
     if newest is not None and newest is not run.get("bundle"):
         named.append((f"This bundle again, {newest.setup.date[:16].replace('T', ' ')}", newest))
     found = [row for _, row in named]
@@ -142,7 +148,7 @@ def positions(records: Sequence[Record]) -> Table:
     rows = []
     for r in found:
         at = {p.position: p.median_ms for p in r.positions}
-        name = RUNNERS.get(r.setup.runner, r.setup.runner).replace(" (reference)", "")
+        name = short_name(r.setup.runner)
         rows.append((name, *(fmt.ms(at.get(p, float("nan"))) for p in places)))
     return Table(
         ("Runner", *(f"at token {fmt.count(p)}" for p in places)), rows, tuple(range(1, len(places) + 1))
@@ -159,7 +165,7 @@ def chunk_law(records: Sequence[Record]) -> Table:
         for cut in law.cuts:
             rows.append(
                 (
-                    RUNNERS[name].replace(" (reference)", ""),
+                    short_name(name),
                     _pieces(cut.pieces),
                     "not finite" if cut.logit_error is None else fmt.figure(cut.logit_error),
                     fmt.figure(cut.logit_rms),

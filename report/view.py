@@ -11,7 +11,7 @@ from xexport.core.manifest import Manifest
 from xexport.core.records import ChunkLaw, Fidelity, Latency, Memory, Record
 from xexport.report import format as fmt
 from xexport.report import tables
-from xexport.report.entries import fidelity_of, last_of, latency_of
+from xexport.report.entries import compared_latency, fidelity_of, last_of, latency_of
 from xexport.report.jsonout import state_bytes, warnings_of, weights_bytes
 from xexport.report.words import headline, speed_against, verdict
 
@@ -53,7 +53,7 @@ def bundle_view(manifest: Manifest, records: Sequence[Record]) -> dict[str, Any]
         "fidelity": tables.fidelity(records),
         "fidelity_note": _fidelity_note(row) if row else "",
         "latency": tables.latency(records),
-        "latency_note": _latency_note(latency) if latency else "",
+        "latency_note": _latency_note(latency, records) if latency else "",
         "position_times": tables.positions(records),
         "resources": tables.resources(manifest, records),
         "law": tables.chunk_law(records),
@@ -190,7 +190,7 @@ def _fidelity_note(row: Fidelity) -> str:
     )
 
 
-def _latency_note(latency: Latency) -> str:
+def _latency_note(latency: Latency, records: Sequence[Record]) -> str:
     threads = latency.setup.environment.threads
     note = (
         f"Batch {latency.batch}, {threads} thread{'' if threads == 1 else 's'}, times of "
@@ -199,7 +199,16 @@ def _latency_note(latency: Latency) -> str:
     )
     if latency.prompt:
         note += f" The first token is the first call of a fresh session, {latency.prompt} tokens long."
-    return note
+    return note + _prefill_note([latency, *compared_latency(records).values()])
+
+
+def _prefill_note(rows: Sequence[Latency]) -> str:
+    """Of which positions a prefill computed the logits: a prompt needs the last one's only."""
+    whole = {tables.short_name(r.setup.runner): not p.logits for r in rows for p in r.prefill}
+    if not any(whole.values()):
+        return " A prefill computes the logits of its last token only." if whole else ""
+    who = "" if all(whole.values()) else f" in {' and '.join(n for n, every in whole.items() if every)}"
+    return f" A prefill computes the logits of every token{who}."
 
 
 def _law_note(records: Sequence[Record]) -> str:

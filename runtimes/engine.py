@@ -9,12 +9,19 @@ __all__ = ["Cell", "Engine"]
 
 
 class Cell(Protocol):
-    """The state of one stream inside a runtime, at a fixed batch size B."""
+    """The state of one stream inside a runtime, at a fixed batch size B.
 
-    def run(self, ids: Any) -> Any:
-        """Run checked int64 ids ``[B,T]`` and return new float32 logits ``[B,T,V]``.
+    Attributes:
+        keeps: whether ``keep`` saves work.
+    """
 
-        The state moves on only if the run succeeds.
+    keeps: bool
+
+    def run(self, ids: Any, keep: int = 0) -> Any:
+        """Run checked int64 ids ``[B,T]`` and return new float32 logits.
+
+        ``keep`` n returns the last n positions, ``[B,min(n,T),V]``; 0 all T. The state moves on only
+        if the run succeeds.
         """
 
     def read(self) -> dict[str, Any]:

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PROMPT_CHUNK", "Generation", "GenerationStats"]
 
-#: Prompts are fed in pieces of this many tokens: logits of a piece are T x V floats, and most are
-#: thrown away.
-PROMPT_CHUNK = 256
+#: Prompts are fed in pieces of this many tokens, which bounds the memory that activations take.
+PROMPT_CHUNK = 512
 
 
 @dataclass
@@ -130,7 +129,7 @@ class Generation(Iterator[str]):
         began = time.perf_counter()
         logits: Any = None
         for start in range(0, self._prompt.shape[1], PROMPT_CHUNK):
-            logits = self._runner.feed(self._prompt[:, start : start + PROMPT_CHUNK])
+            logits = self._runner.feed(self._prompt[:, start : start + PROMPT_CHUNK], 1)
         self.stats.prompt_tokens = self._prompt.shape[1]
         self.stats.prompt_seconds = time.perf_counter() - began
         return logits[0, -1]

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xexport.core.errors import BundleError, RuntimeFailure
-from xexport.core.manifest import Manifest, safe_path
+from xexport.core.manifest import KEEP_INPUT, Manifest, safe_path
 from xexport.runtimes.inputs import Ids
 from xexport.runtimes.native import NativeKernels, find_native
 from xexport.runtimes.state_buffers import StateBuffers, aligned, check_appended
@@ -135,9 +135,11 @@ class OrtCell:
 
     Attributes:
         buffers: the state.
+        keeps: whether the graph can leave out the logits of earlier positions.
     """
 
     def __init__(self, session: Any, manifest: Manifest, batch: int, in_place: Collection[str] = ()) -> None:
+        self.keeps = any(t.name == KEEP_INPUT for t in manifest.inputs)
         self._session = session
         self._state = manifest.state
         self._vocab = manifest.model.vocab_size
@@ -147,21 +149,24 @@ class OrtCell:
         self._logits = aligned((batch, 1, self._vocab), "float32")
         self._step = self._binding_pair()
         for binding in self._step:
-            _bind_tokens(binding, self._ids, self._logits)
+            self._bind_tokens(binding, self._ids, self._logits, 1)
         self._chunk: tuple[Any, Any] | None = None
 
-    def run(self, ids: Ids) -> npt.NDArray[np.float32]:
+    def run(self, ids: Ids, keep: int = 0) -> npt.NDArray[np.float32]:
         """Run ``ids [B,T]``; the state moves on only if ORT succeeds."""
-        if ids.shape[1] == 1:
+        batch, length = ids.shape
+        if length == 1:
             self._ids[...] = ids
             self._execute(self._step)
             return self._logits.copy()
         if self._chunk is None:
             self._chunk = self._binding_pair()
-        logits = np.empty((*ids.shape, self._vocab), np.float32)
-        _bind_tokens(self._chunk[self.buffers.side], ids, logits)
+        wanted = min(keep or length, length)
+        computed = wanted if self.keeps else length
+        logits = np.empty((batch, computed, self._vocab), np.float32)
+        self._bind_tokens(self._chunk[self.buffers.side], ids, logits, computed)
         self._execute(self._chunk)
-        return logits
+        return logits if computed == wanted else logits[:, -wanted:].copy()
 
     def read(self) -> dict[str, Array]:
         """A copy of the present state."""
@@ -198,10 +203,11 @@ class OrtCell:
             binding.bind_ortvalue_output(s.output, self._values[side ^ 1][s.name])
         return binding
 
-
-def _bind_tokens(binding: Any, ids: Ids, logits: npt.NDArray[np.float32]) -> None:
-    binding.bind_ortvalue_input("tokens", _share(ids))
-    binding.bind_ortvalue_output("logits", _share(logits))
+    def _bind_tokens(self, binding: Any, ids: Ids, logits: npt.NDArray[np.float32], keep: int) -> None:
+        binding.bind_ortvalue_input("tokens", _share(ids))
+        binding.bind_ortvalue_output("logits", _share(logits))
+        if self.keeps:
+            binding.bind_ortvalue_input(KEEP_INPUT, _share(np.array([keep], np.int64)))
 
 
 def _share(array: Array) -> Any:
@@ -245,7 +251,8 @@ def _check_signature(session: Any, manifest: Manifest) -> None:
     """Refuse a graph whose inputs and outputs aren't what the manifest says."""
     wanted_in = {t.name: t.dtype for t in manifest.inputs} | {s.name: s.dtype for s in manifest.state}
     wanted_out = {t.name: t.dtype for t in manifest.outputs} | {s.output: s.dtype for s in manifest.state}
-    _compare("input", session.get_inputs(), wanted_in)
+    given = [*session.get_inputs(), *session.get_overridable_initializers()]  # the latter have a default
+    _compare("input", given, wanted_in)
     _compare("output", session.get_outputs(), wanted_out)
 
 

@@ -43,6 +43,7 @@ class Stream:
     Attributes:
         vocab_size, batch, max_tokens: as above.
         position: tokens fed since the last reset.
+        keeps: whether ``feed(..., keep=n)`` saves work.
         tokenizer: as above.
     """
 
@@ -61,6 +62,7 @@ class Stream:
         self.batch = batch
         self.max_tokens = max_tokens
         self.position = 0
+        self.keeps = cell.keeps
         self.tokenizer = tokenizer
         self._cell = cell
         self._specs = tuple(specs)
@@ -68,29 +70,33 @@ class Stream:
         self._busy = threading.Lock()
         self.reset()
 
-    def feed(self, tokens: Sequence[int] | Any) -> npt.NDArray[np.float32]:
-        """Feed tokens and return the logits after each of them.
+    def feed(self, tokens: Sequence[int] | Any, keep: int = 0) -> npt.NDArray[np.float32]:
+        """Feed tokens and return the logits after each of them, or after the last ones.
 
         Args:
             tokens: ids ``[B,T]``, or ``[T]`` when B is 1; lists or integer arrays.
+            keep: return the logits of this many last positions; 0 returns all. After a prompt only
+                the last (``keep=1``) is needed, and the others cost a large vocabulary's product each.
 
         Returns:
-            float32 ``[B,T,V]``, the caller's own.
+            float32 ``[B,T,V]``, or ``[B,min(keep,T),V]``; the caller's own.
 
         Raises:
-            InputError: no tokens, a wrong shape or type, an id out of range.
+            InputError: no tokens, a wrong shape or type, an id out of range, a negative ``keep``.
             LimitError: beyond ``max_tokens``; the state is as before.
             RuntimeFailure: the runtime failed (the state is as before), or another thread is
                 feeding this stream.
         """
         ids = check_tokens(tokens, self.batch, self.vocab_size)
+        if keep < 0:
+            raise InputError("bad number of positions to keep", got=keep, allowed="0 (all), or 1 or more")
         if not self._busy.acquire(blocking=False):
             raise RuntimeFailure("another thread is feeding this stream", fix="open one stream per thread")
         try:
             count = ids.shape[1]
             if self.max_tokens is not None:
                 check_limit(self.position, count, self.max_tokens)
-            logits: npt.NDArray[np.float32] = self._cell.run(ids)
+            logits: npt.NDArray[np.float32] = self._cell.run(ids, keep)
             self.position += count
             return logits
         finally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,18 +33,27 @@ class TorchStream(Stream):
         batch: B.
         name: for messages and reports.
         tokenizer: for :meth:`generate`.
+        head: path of the ``nn.Linear`` that makes the logits position by position: with it,
+            ``feed(..., keep=n)`` gives it the last n positions alone, which is what a careful user of
+            PyTorch would write. Without, every position is computed.
 
     Raises:
         RuntimeFailure: the module's outputs aren't logits and one tensor a state.
     """
 
     def __init__(
-        self, module: ChunkModule, batch: int = 1, name: str = "torch", *, tokenizer: Tokenizer | None = None
+        self,
+        module: ChunkModule,
+        batch: int = 1,
+        name: str = "torch",
+        *,
+        tokenizer: Tokenizer | None = None,
+        head: str | None = None,
     ) -> None:
         require("torch", extra="export", why="to run a PyTorch module")
         specs = tuple(module.state_spec())
         check_state_specs(specs)
-        cell = TorchCell(module, specs, batch)
+        cell = TorchCell(module, specs, batch, head)
         vocab = getattr(module, "vocab_size", None)
         super().__init__(
             cell,
@@ -62,19 +72,26 @@ class TorchStream(Stream):
 
 
 class TorchCell:
-    """State tensors of a module, moved on by each call."""
+    """State tensors of a module, moved on by each call; ``head`` is as in :class:`TorchStream`."""
 
-    def __init__(self, module: Any, specs: tuple[StateSpec, ...], batch: int) -> None:
+    def __init__(
+        self, module: Any, specs: tuple[StateSpec, ...], batch: int, head: str | None = None
+    ) -> None:
         self._module = module.eval()
         self._specs, self._batch = specs, batch
         self._names = tuple(s.name for s in specs)
         self._state: tuple[Any, ...] = ()
+        self._head = None if head is None else self._module.get_submodule(head)
+        self.keeps = head is not None
 
-    def run(self, ids: Ids) -> npt.NDArray[np.float32]:
+    def run(self, ids: Ids, keep: int = 0) -> npt.NDArray[np.float32]:
         """Run ``ids [B,T]``."""
         import torch
 
-        with torch.inference_mode():
+        length = ids.shape[1]
+        wanted = min(keep or length, length)
+        cut = self._only_last(wanted) if wanted < length else nullcontext()
+        with torch.inference_mode(), cut:
             outputs = self._module(torch.from_numpy(ids if ids.flags.writeable else ids.copy()), *self._state)
             if not isinstance(outputs, tuple | list) or len(outputs) != 1 + len(self._names):
                 count = len(outputs) if isinstance(outputs, tuple | list) else type(outputs).__name__
@@ -83,9 +100,22 @@ class TorchCell:
                     got=f"{count} outputs",
                     allowed=f"logits and {len(self._names)} state tensors",
                 )
-            logits: npt.NDArray[np.float32] = outputs[0].float().numpy().copy()
+            logits: npt.NDArray[np.float32] = outputs[0][:, -wanted:].float().numpy().copy()
         self._state = tuple(outputs[1:])
         return logits
+
+    @contextmanager
+    def _only_last(self, count: int) -> Iterator[None]:
+        """Give the head the last ``count`` positions of its input ``[B,T,C]``."""
+        if self._head is None:
+            yield
+            return
+        # a hook, not a slice of the logits: the product with a large vocabulary is what is saved
+        hook = self._head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -count:],))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def read(self) -> dict[str, npt.NDArray[Any]]:
         """A copy of the state."""

@@ -202,12 +202,15 @@ class FakeRunner:
         self.delay, self.delay_per_token = delay, delay_per_token
         self.hidden = np.zeros((batch, 8))
         self.calls: list[int] = []
+        self.kept: list[int] = []
+        self.keeps = True
 
-    def feed(self, tokens: Any) -> Any:
+    def feed(self, tokens: Any, keep: int = 0) -> Any:
         import time
 
         ids = np.asarray(tokens, np.int64).reshape(self.batch, -1)
         self.calls.append(ids.shape[1])
+        self.kept.append(keep)
         time.sleep(self.delay + self.delay_per_token * self.position)
         self.hidden = self.hidden * (1 - self.leak)
         rows = []
@@ -222,7 +225,7 @@ class FakeRunner:
                 logits = logits * np.nan
             rows.append(logits)
             self.position += 1
-        return np.stack(rows, axis=1).astype(np.float32)
+        return np.stack(rows, axis=1).astype(np.float32)[:, -keep:]
 
     def reset(self) -> None:
         self.hidden, self.position = np.zeros((self.batch, 8)), 0

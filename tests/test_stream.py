@@ -274,10 +274,10 @@ def test_feeding_one_stream_from_two_threads_is_an_error(stream: Stream) -> None
     cell = stream._cell
 
     class Slow:
-        def run(self, ids: Any) -> Any:
+        def run(self, ids: Any, keep: int = 0) -> Any:
             inside.set()
             leave.wait(10)
-            return cell.run(ids)
+            return cell.run(ids, keep)
 
     stream._cell = Slow()  # type: ignore[assignment]
     thread = threading.Thread(target=stream.feed, args=([1],))
@@ -339,8 +339,9 @@ class _Script:
         self.vocab_size, self.batch, self.position, self.max_tokens = 256, 1, 0, max_tokens
         self._ids = ids
         self._fed = 0
+        self.keeps = False
 
-    def feed(self, tokens: Any) -> Any:
+    def feed(self, tokens: Any, keep: int = 0) -> Any:
         count = np.asarray(tokens).size
         if self.max_tokens is not None and self.position + count > self.max_tokens:
             raise LimitError("full")
