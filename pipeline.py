@@ -139,7 +139,7 @@ def _export_into(
     from xexport.exporter.graph import build_graph, write_graph
     from xexport.exporter.output import require_space
     from xexport.exporter.pages import release_pages
-    from xexport.exporter.passes import fuse
+    from xexport.exporter.passes import fuse, keep
     from xexport.exporter.verify import verify
     from xexport.exporter.writer import file_entry
     from xexport.quant.apply import quantize, unread
@@ -160,7 +160,9 @@ def _export_into(
         progress=progress,
     )
     fp32 = output.bundle if exact else output.scratch
-    refusals = fuse(graph, target.fuse) if exact else []  # otherwise after quantization
+    refusals = keep.rewrite(graph)
+    if exact:  # otherwise after quantization
+        refusals += fuse(graph, target.fuse)
     written = write_graph(graph, fp32, target.bodies, target.why, progress)
 
     progress.stage("verify against PyTorch")
@@ -191,7 +193,7 @@ def _export_into(
     )
     decisions += unread(source.tensors, decisions, source.roles)
     if not exact:
-        refusals = fuse(graph, target.fuse)
+        refusals += fuse(graph, target.fuse)
         written = write_graph(graph, output.bundle, target.bodies, target.why, progress)
     # large weights stay in the checkpoint's file until PyTorch is timed, where that would be unfair
     reference = module if source.parameters > _LARGE else source.eager()

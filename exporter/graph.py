@@ -13,7 +13,7 @@ from xexport.core.manifest import FileEntry, GraphTensor, Lowering
 from xexport.core.progress import Progress
 from xexport.core.state import StateSpec
 from xexport.exporter.functions import attach_functions
-from xexport.exporter.passes import keep, optimize
+from xexport.exporter.passes import optimize
 from xexport.exporter.trace import trace
 from xexport.exporter.weights import bind, check_tensors
 from xexport.exporter.writer import write_model
@@ -51,7 +51,6 @@ def build_graph(
     bind(model, tensors)
     progress.stage("optimise the graph")
     optimize(model)
-    keep.run(model)
     return model
 
 

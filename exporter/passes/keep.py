@@ -10,7 +10,7 @@ position t of its inputs and nothing outside needs its result. The region of all
 what enters it is sliced: before the final norm, before the last layer's feed-forward network, wherever
 the first value lies that something else (a state, a shift, a scan) needs at every position.
 
-Runs last: a fused node is either of the region or its border, and slices inside a pattern would hide it.
+Runs after the other passes, on nodes whose meaning is known here; quantization and fusion come after it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 import onnx_ir as ir
 
 from xexport.core.manifest import KEEP_INPUT as INPUT
+from xexport.core.manifest import Refusal
 
-__all__ = ["KEPT", "run"]
+__all__ = ["KEPT", "rewrite"]
 
 KEPT = "kept"
 _LENGTH = "T"
@@ -40,7 +41,7 @@ _MANY_AXES = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "
 _PRODUCTS = {("", "MatMul"), ("com.microsoft", "MatMulNBits")}
 
 
-def run(model: ir.Model) -> str | None:
+def rewrite(model: ir.Model) -> list[Refusal]:
     """Give the graph the input, or say why it can't have it.
 
     Needs outputs whose first is the logits ``[B,T,V]``, and symbolic shapes.
@@ -49,12 +50,17 @@ def run(model: ir.Model) -> str | None:
     logits = graph.outputs[0]
     region = _region(graph, logits)
     if not region:
-        return _why_empty(logits)
+        return [_refuse(logits, _why_empty(logits))]
     border = _prune(region)
     if not any(_is_product(node) for node in region):
-        return "no product with a weight makes the logits position by position: nothing would be saved"
+        return [_refuse(logits, "no product with a weight makes the logits position by position")]
     _insert(graph, region, border)
-    return None
+    return []
+
+
+def _refuse(logits: ir.Value, reason: str) -> Refusal:
+    made = logits.producer()
+    return Refusal("keep", (made.name if made is not None else logits.name) or "", reason)
 
 
 def _region(graph: ir.Graph, logits: ir.Value) -> list[ir.Node]:
@@ -214,4 +220,4 @@ def _why_empty(logits: ir.Value) -> str:
     if list(logits.uses()):
         return "something in the graph reads the logits of every position"
     what = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-    return f"the logits come from {what} ({node.name}), which is not known to work position by position"
+    return f"{what} makes the logits, which is not known to work position by position"
