@@ -4,7 +4,7 @@ Sources:
     [1] A. Gu and T. Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
         arXiv 2312.00752: figure 3 (the block), algorithm 2, section 3.6 (real A, initial dt).
     [2] github state-spaces/mamba, mamba_simple.py and mixer_seq_simple.py: initial values.
-    [3] Hugging Face transformers, models/mamba: the checkpoint layout read here.
+    [3] Hugging Face transformers, models/mamba and models/falcon_mamba: the checkpoint layouts read here.
 
 Symbols (B batch, T tokens, d width, D inner width, N state size, K kernel, R rank of dt):
     x, z       the two halves of in_proj: the path through the scan and its gate   [B,T,D]
@@ -49,6 +49,8 @@ class MambaConfig:
         dt_rank: R, ceil(d / 16) unless given.
         norm_eps: of every RMS norm.
         conv_bias, projection_bias: biases of the convolution, and of in_proj and out_proj.
+        mixer_norm_eps: Falcon-Mamba's RMS norms (without a weight) of dt before its projection, B and C
+            have this eps; 0 is none, as in Mamba.
     """
 
     layers: int
@@ -61,6 +63,7 @@ class MambaConfig:
     norm_eps: float = 1e-5
     conv_bias: bool = True
     projection_bias: bool = False
+    mixer_norm_eps: float = 0.0
 
     @property
     def inner(self) -> int:
@@ -81,6 +84,7 @@ PRESETS = {
     "790m": MambaConfig(48, 1536),
     "1.4b": MambaConfig(48, 2048),
     "2.8b": MambaConfig(64, 2560),
+    "falcon-7b": MambaConfig(64, 4096, 65024, mixer_norm_eps=1e-6),
 }
 
 
@@ -99,6 +103,7 @@ class _Mixer(nn.Module):
         super().__init__()
         D, N, R, K = config.inner, config.state_size, config.rank, config.conv_kernel
         self.sizes = (R, N, N)
+        self.norm_eps = config.mixer_norm_eps
         self.A_log = nn.Parameter(torch.zeros(D, N))
         self.D = nn.Parameter(torch.ones(D))
         self.conv1d = nn.Conv1d(D, D, K, groups=D, bias=config.conv_bias)
@@ -118,6 +123,8 @@ class _Mixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, -1)
         x, conv = self._convolve(x, conv)
         dt, B, C = self.x_proj(x).split(self.sizes, -1)
+        if self.norm_eps:
+            dt, B, C = (F.rms_norm(p, (p.shape[-1],), None, self.norm_eps) for p in (dt, B, C))
         dt = F.softplus(self.dt_proj(dt))
         y, ssm = selective_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, ssm)
         return self.out_proj(y * F.silu(z)), conv, ssm
@@ -186,22 +193,26 @@ class MambaTraining(Mamba):
         return super().forward(tokens, *zeros)[0]
 
 
+_MODEL_TYPES = ("mamba", "falcon_mamba")
+
+
 def _recognise(raw: RawCheckpoint) -> str | None:
     if raw.metadata.get("xexport.family") == "mamba":
         return "its metadata says mamba"
-    if raw.config.get("model_type") == "mamba":
-        return "its config.json says mamba"
+    if raw.config.get("model_type") in _MODEL_TYPES:
+        return f"its config.json says {raw.config['model_type']}"
     return None
 
 
 def _config_from_hugging_face(raw: RawCheckpoint) -> MambaConfig:
     """config.json has the sizes; keys it may leave out have the defaults of [3]."""
     row = raw.config
-    if row.get("model_type") != "mamba":
+    if row.get("model_type") not in _MODEL_TYPES:
         raise CheckpointError(
             "this checkpoint is not a Hugging Face folder of a Mamba-1 model",
             got=f"{raw.path.name}: model_type {row.get('model_type')!r}",
-            allowed='a folder whose config.json has "model_type": "mamba", or a file of our own training',
+            allowed='a folder whose config.json has "model_type": "mamba" or "falcon_mamba", or a file '
+            "of our own training",
         )
     if row.get("hidden_act", "silu") != "silu":
         raise CheckpointError("unknown activation", got=row["hidden_act"], allowed="silu")
@@ -219,6 +230,7 @@ def _config_from_hugging_face(raw: RawCheckpoint) -> MambaConfig:
             norm_eps=float(row.get("layer_norm_epsilon", 1e-5)),
             conv_bias=bool(row.get("use_conv_bias", True)),
             projection_bias=bool(row.get("use_bias", False)),
+            mixer_norm_eps=float(row.get("mixer_rms_eps", 1e-6)) if row["model_type"] != "mamba" else 0.0,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError("config.json lacks a size, or has a malformed one", got=error) from error

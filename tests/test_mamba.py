@@ -164,6 +164,40 @@ def test_parity_with_transformers(tmp_path: Path, changes: dict[str, Any]) -> No
     assert any("tied" in note for note in loaded.notes) == changes.get("tie_word_embeddings", True)
 
 
+@pytest.mark.oracle
+def test_parity_with_falcon_mamba(tmp_path: Path) -> None:
+    """Mamba-1 with a norm of dt, B and C; its tokens go in at once and one by one."""
+    transformers = pytest.importorskip("transformers", reason="the oracle is not installed")
+    row = {
+        "vocab_size": 41,
+        "hidden_size": 24,
+        "state_size": 5,
+        "num_hidden_layers": 2,
+        "mixer_rms_eps": 1e-3,
+    }
+    torch.manual_seed(0)
+    model = transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**row)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(tmp_path)
+    raw = open_checkpoint(tmp_path)
+    assert "falcon_mamba" in str(FAMILY.recognise(raw))
+    loaded = FAMILY.load(raw)
+    assert loaded.config.mixer_norm_eps == 1e-3
+    module: Mamba = FAMILY.build(loaded.config).eval().requires_grad_(False)
+    module.load_state_dict(loaded.tensors)
+    tokens = torch.randint(0, 41, (2, 11))
+    with torch.no_grad():
+        want = model(tokens).logits
+    got, *state = module(tokens[:, :9], *zero_state(module, 2))
+    pieces = [got]
+    for t in (9, 10):
+        got, *state = module(tokens[:, t : t + 1], *state)
+        pieces.append(got)
+    assert error(torch.cat(pieces, 1), want) < TOLERANCES["oracle_fp32"]
+
+
 def test_loads_a_file_of_our_own_training(tmp_path: Path) -> None:
     config = {"layers": 2, "width": 24, "vocab_size": 61, "state_size": 4, "dt_rank": 3}
     metadata = {
