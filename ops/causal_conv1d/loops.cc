@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kAtOnce = 4;  // outputs
 
-XEXPORT_INLINE Vec silu(Vec v) { return v / (all(1.0f) + exp2_any(v, all(-kLog2E))); }
+XEXPORT_INLINE Vec silu(Vec v) { return v / (all(1.0f) + exp2_any(v * all(-kLog2E))); }
 
 const float* row(const ShortConvolution& c, int64_t t) {
   return t >= 0 ? c.x + t * c.channels : c.state + (c.taps - 1 + t) * c.channels;

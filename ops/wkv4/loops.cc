@@ -25,7 +25,7 @@ XEXPORT_INLINE Vec absolute(Vec x) { return x < Vec{} ? -x : x; }
 
 // s joined by a value v with the exponent `other`; d = s.pp - other is finite.
 XEXPORT_INLINE State joined(const State& s, Vec d, Vec other, Vec v) {
-  const Vec less = exp2_any(-absolute(d), all(kLog2E)), one = all(1.0f);
+  const Vec less = exp2_any(absolute(d) * all(-kLog2E)), one = all(1.0f);
   const IntVec keeps = d >= Vec{};
   const Vec old = keeps ? one : less, added = keeps ? less : one;
   return {old * s.aa + added * v, old * s.bb + added, keeps ? s.pp : other};
