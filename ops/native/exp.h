@@ -87,5 +87,6 @@ XEXPORT_INLINE Vec exp2_any(Vec z) {
   const IntVec half = n >> 1;
   return z * power_of_integer(half) * power_of_integer(n - half);
 }
+XEXPORT_INLINE Vec exp2_any(Vec x, Vec y) { return exp2_any(no_product(x * y)); }
 
 }  // namespace xexport::XEXPORT_ISA
