@@ -69,3 +69,13 @@ def test_step_times_torch_and_bundle_in_the_same_rounds(tmp_path: Path) -> None:
     assert {r["runner"] for r in rows} == {"torch eager", "cpu-int8"}
     assert {r["tokens"] for r in rows} == {1, 8}
     assert all(math.isfinite(r["speedup"]) and len(r["seconds"]) == 3 for r in rows)
+
+
+@pytest.mark.slow
+def test_long_stream_reads_memory_and_times_both_places(tmp_path: Path) -> None:
+    (row,) = run("long_stream", tmp_path)["rows"]
+    assert (row["near"], row["far"], row["model"]) == (100, 2000, "rwkv")
+    assert len(row["seconds"]["near"]) == len(row["seconds"]["far"]) == 5
+    assert [place for place, _ in row["rss"]][::10] == [100, 2000]
+    assert row["rss_growth"] >= 0
+    assert math.isfinite(row["state_max"])

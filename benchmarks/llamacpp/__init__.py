@@ -1,0 +1,1 @@
+"""What benchmarks/llama_cpp.py needs of llama.cpp: its tools, its files, its logits, its timings."""
