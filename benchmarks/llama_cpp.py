@@ -42,9 +42,9 @@ _DECODE = {
 _PREFILL = {("rwkv", "int8"): 3.0, ("rwkv", "fp32"): 2.0}
 
 
-def wanted(family: str, form: str, threads: int, work: str) -> float | None:
+def wanted(shape: str, form: str, threads: int, work: str) -> float | None:
     """The ratio to reach, or None where nothing was promised."""
-    form = form.removesuffix("-pure")
+    family, form = shape.split("-")[0], form.removesuffix("-pure")
     if family == "mamba":
         return 1.3 if work == "decode" else 2.0
     return _DECODE.get((family, form, threads)) if work == "decode" else _PREFILL.get((family, form))
@@ -74,7 +74,6 @@ def measure(shape: str, form: str, same: Row, args: Namespace, cache: Path, tool
     theirs = likeness(llama_logits(file.path, tools)[1], same["logits"])
     mine = likeness(made.stream(threads=1).feed(same["tokens"][None])[0].astype(np.float64), same["logits"])
     log(f"{shape} {form}: KL to PyTorch {theirs.kl:.1e} (llama.cpp), {mine.kl:.1e} (xexport)")
-    family = SHAPES[shape][0]
     about = {
         "shape": shape,
         "format": form,
@@ -104,7 +103,7 @@ def measure(shape: str, form: str, same: Row, args: Namespace, cache: Path, tool
             log=log,
         )
         for work, samples in timed.items():
-            reach = wanted(family, form, threads, work)
+            reach = wanted(shape, form, threads, work)
             rows.append({**about, "threads": threads, "work": work, "reach": reach, **samples})
     return pooled(rows)
 
