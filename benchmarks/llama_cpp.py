@@ -7,7 +7,7 @@ in --cache. Then, round by round, llama-bench (a process of its own) and a bundl
 turns on the same work: single steps from a warm state, and one prompt.
 
     python benchmarks/llama_cpp.py [--quick] [--shape rwkv-12x768] [--formats int8 int4] [--threads 1 2]
-        [--rounds 9] [--json F]
+        [--rounds 9] [--clock cpu] [--json F]
     python benchmarks/llama_cpp.py --show A.json B.json     # joins the samples of earlier runs
 """
 
@@ -100,6 +100,7 @@ def measure(shape: str, form: str, same: Row, args: Namespace, cache: Path, tool
             prompt=args.prompt,
             steps=args.steps,
             rounds=args.rounds,
+            clock=args.clock,
             log=log,
         )
         for work, samples in timed.items():
@@ -121,7 +122,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
             line += [f"{r['ratio']:.2f}", f"{low:.2f}-{high:.2f}", r["reach"] or "-", r["read_gb_per_s"]]
             line += [*(f"{s:.2f}" if s != "" else "" for s in shares), r["rounds"]]
             lines.append(line)
-        table(shape, columns, lines)
+        clocks = " and ".join(sorted({r["clock"] for r in rows if r["shape"] == shape}))
+        table(f"{shape}, {clocks} time", columns, lines)
     if any(r["work"] == "prefill" and not r["last_logits_only"] for r in rows):
         log("prefill: xexport computed the logits of every token, llama.cpp those of the last one only")
 
@@ -144,14 +146,14 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="build, convert and check only")
     parser.add_argument("--show", nargs="+", type=Path, metavar="F", help="print the rows of these files")
     args = parser.parse_args()
-    if args.clock != "wall":
-        parser.error("llama-bench reports wall time only")
     if args.show:
         show(pooled(row for file in args.show for row in json.loads(file.read_text())["rows"]))
         return
     if args.quick:
         args.shape, args.formats, args.threads = ["quick"], ["fp32", "int8"], [1]
         args.rounds, args.prompt, args.steps = 2, 16, 4
+    if args.clock == "cpu" and args.threads != [1]:
+        parser.error("--clock cpu is for one thread: add --threads 1")
     try:
         compare(args)
     except BenchmarkError as error:
@@ -174,6 +176,7 @@ def compare(args: Namespace) -> None:
         prompt=args.prompt,
         steps=args.steps,
         rounds=args.rounds,
+        clock=args.clock,
         batch=1,
         native_kernels=find_native().available,
     )

@@ -34,6 +34,7 @@ def row(work: str, llama: list[float], ours: list[float], **more: Any) -> dict[s
         "format": "int8",
         "threads": 1,
         "work": work,
+        "clock": "wall",
         "llama_tokens_per_s": llama,
         "ours_tokens_per_s": ours,
         "read_bytes_per_s": [1e9] * len(ours),
@@ -87,6 +88,20 @@ def test_llama_bench_is_read_by_work(part: Any, tmp_path: Path) -> None:
         "prefill": 256.0,
         "decode": 128.0,
     }
+
+
+def test_processor_time_leaves_out_loading(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds, used = part("rounds"), [0.0]
+
+    def run(command: list[str], what: str, timeout: float) -> str:
+        work = 0.5 if command[command.index("-n") + 1] == "0" else 0.25
+        used[0] += 7.0 + work * int(command[command.index("-r") + 1])
+        return ""
+
+    monkeypatch.setattr(rounds, "run", run)
+    monkeypatch.setattr(rounds, "_children_seconds", lambda: used[0])
+    tools = part("build").Tools(Path(), Path(), "fake")
+    assert rounds.llama_cpu(Path("m"), tools, 512, 64) == {"prefill": 1024.0, "decode": 256.0}
 
 
 def test_a_failing_program_is_quoted(part: Any, tmp_path: Path) -> None:

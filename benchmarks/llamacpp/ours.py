@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import shutil
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,14 @@ def stored_bytes_per_token(manifest: Any) -> int:
     return int(total)
 
 
-def time_decode(stream: Any, tokens: Any, steps: int) -> float:
+def time_decode(stream: Any, tokens: Any, steps: int, now: Callable[[], float]) -> float:
     """Seconds for ``steps`` tokens one by one from a warm state; each gives its logits."""
     pieces = [np.ascontiguousarray(tokens[:, i : i + 1]) for i in range(steps)]
     stream.feed(pieces[0])
-    began = time.perf_counter()
+    began = now()
     for piece in pieces:
         stream.feed(piece)
-    return time.perf_counter() - began
+    return now() - began
 
 
 def last_logits_only(stream: Any) -> bool:
@@ -81,10 +81,10 @@ def last_logits_only(stream: Any) -> bool:
     return "keep" in inspect.signature(stream.feed).parameters
 
 
-def time_prefill(stream: Any, tokens: Any, *, last: bool) -> float:
+def time_prefill(stream: Any, tokens: Any, now: Callable[[], float], *, last: bool) -> float:
     """Seconds for one prompt on an empty state; ``last``: logits of its last token alone."""
     options = {"keep": 1} if last else {}
     stream.reset()
-    began = time.perf_counter()
+    began = now()
     stream.feed(tokens, **options)
-    return time.perf_counter() - began
+    return now() - began
