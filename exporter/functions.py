@@ -43,7 +43,8 @@ def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[
     pending = [key for key in counts if key in specs]
     names = [key[:2] for key in pending]
     for domain, op_type, _ in counts:
-        if domain == "xexport" and (domain, op_type) not in names:
+        has_body = (domain, op_type, "") in model.functions  # a fused chain brings its own
+        if domain == "xexport" and (domain, op_type) not in names and not has_body:
             raise ExportError(f"the graph uses an unknown operator xexport::{op_type}")
         if names.count((domain, op_type)) > 1:
             raise ExportError(

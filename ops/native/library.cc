@@ -44,7 +44,7 @@ ort::CustomOpDomain* domain(Isa isa) {
   if (slot == nullptr) {
     ort::CustomOpDomain* fresh = nullptr;
     check(ort::kCreateCustomOpDomain(g_api, "xexport", &fresh));
-    for (MakeOperator make : operators()) check(ort::kCustomOpDomainAdd(g_api, fresh, make(isa)));
+    for (const MakeOperator& make : operators()) check(ort::kCustomOpDomainAdd(g_api, fresh, make(isa)));
     slot = fresh;
   }
   return slot;

@@ -63,6 +63,40 @@ int64_t Node::integer(const char* attribute) const {
   return value;
 }
 
+std::vector<int64_t> Node::integers(const char* attribute) const {
+  size_t count = 0;
+  if (ort::Status* status = ort::kAttributeInts(api(), info_, attribute, nullptr, &count)) {
+    ort::kReleaseStatus(api(), status);
+    fail("the attribute " + std::string(attribute) + " is missing");
+  }
+  std::vector<int64_t> values(count);
+  if (count > 0) check(ort::kAttributeInts(api(), info_, attribute, values.data(), &count));
+  return values;
+}
+
+std::vector<float> Node::numbers(const char* attribute) const {
+  size_t count = 0;
+  if (ort::Status* status = ort::kAttributeFloats(api(), info_, attribute, nullptr, &count)) {
+    ort::kReleaseStatus(api(), status);
+    fail("the attribute " + std::string(attribute) + " is missing");
+  }
+  std::vector<float> values(count);
+  if (count > 0) check(ort::kAttributeFloats(api(), info_, attribute, values.data(), &count));
+  return values;
+}
+
+Tensor Node::constant(size_t input, const char* name) const {
+  int is_one = 0;
+  const ort::Value* value = nullptr;
+  check(ort::kConstantInput(api(), info_, input, &is_one, &value));
+  Tensor tensor;
+  tensor.name = name;
+  if (is_one == 0 || value == nullptr) return tensor;
+  read_shape(value, tensor);
+  check(ort::kTensorData(api(), const_cast<ort::Value*>(value), &tensor.data));
+  return tensor;
+}
+
 bool Node::is_constant(size_t input) const {
   int constant = 0;
   const ort::Value* value = nullptr;
@@ -79,6 +113,12 @@ void Node::expect(const Tensor& tensor, ort::Element type, std::initializer_list
   if (same) return;
   fail(std::string(tensor.name) + " must be " + element_name(type) + " " +
        shape_text(wanted, shape.size()) + ", got " + tensor.describe());
+}
+
+size_t Call::input_count() const {
+  size_t count = 0;
+  check(ort::kInputCount(api(), context_, &count));
+  return count;
 }
 
 Tensor Call::input(size_t index, const char* name) const {

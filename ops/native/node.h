@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "ort_abi.h"
 
@@ -43,6 +44,12 @@ class Node {
 
   // An attribute; its absence is an error, as the exporter writes all of them.
   int64_t integer(const char* attribute) const;
+  // A list of integers, or of floats; its absence is an error.
+  std::vector<int64_t> integers(const char* attribute) const;
+  std::vector<float> numbers(const char* attribute) const;
+  // The tensor of an input that is an initializer which no caller can replace; else its data is null. The
+  // runtime keeps it as long as the kernel.
+  Tensor constant(size_t input, const char* name) const;
   // Whether the input is an initializer that no caller can replace.
   bool is_constant(size_t input) const;
   // Throws an error that names the node.
@@ -60,6 +67,7 @@ class Call {
  public:
   explicit Call(ort::KernelContext* context) : context_(context) {}
 
+  size_t input_count() const;
   Tensor input(size_t index, const char* name) const;
   Tensor output(size_t index, const int64_t* dims, size_t rank) const;
 

@@ -10,6 +10,7 @@
 // and its file ends with `static const Registered<Kernel> registered;`.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "isa.h"
@@ -17,7 +18,7 @@
 
 namespace xexport {
 
-using MakeOperator = ort::CustomOp* (*)(Isa);
+using MakeOperator = std::function<ort::CustomOp*(Isa)>;
 
 // Every operator of the library; filled while it is loaded.
 std::vector<MakeOperator>& operators();

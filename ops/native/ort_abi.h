@@ -33,7 +33,7 @@ struct ApiBase {
 };
 
 enum class Element : int32_t { undefined = 0, f32 = 1, i64 = 7 };
-enum class Arity : int32_t { required = 0 };
+enum class Arity : int32_t { required = 0, variadic = 2 };
 enum class Memory : int32_t { standard = 0 };
 enum Code : int32_t { kFail = 1, kInvalidArgument = 2, kRuntimeException = 6, kNotImplemented = 9 };
 
@@ -59,10 +59,13 @@ inline constexpr Slot<61, Status*(const TensorInfo*, size_t*)> kInfoRank{};
 inline constexpr Slot<62, Status*(const TensorInfo*, int64_t*, size_t)> kInfoDimensions{};
 inline constexpr Slot<65, Status*(const Value*, TensorInfo**)> kTensorInfo{};  // to be released
 inline constexpr Slot<86, Status*(const KernelInfo*, const char*, int64_t*)> kAttributeInt{};
+inline constexpr Slot<88, Status*(const KernelContext*, size_t*)> kInputCount{};
 inline constexpr Slot<90, Status*(const KernelContext*, size_t, const Value**)> kInput{};
 inline constexpr Slot<91, Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)> kOutput{};
 inline constexpr Slot<93, void(Status*)> kReleaseStatus{};
 inline constexpr Slot<99, void(TensorInfo*)> kReleaseTensorInfo{};
+inline constexpr Slot<162, Status*(const KernelInfo*, const char*, float*, size_t*)> kAttributeFloats{};
+inline constexpr Slot<163, Status*(const KernelInfo*, const char*, int64_t*, size_t*)> kAttributeInts{};
 inline constexpr Slot<237, Status*(const SessionOptions*, const char*, int*)> kHasConfig{};
 inline constexpr Slot<238, Status*(const SessionOptions*, const char*, char*, size_t*)> kGetConfig{};
 inline constexpr Slot<244, Status*(const KernelInfo*, char*, size_t*)> kNodeName{};

@@ -1,0 +1,1 @@
+"""One node for a chain of row-wise operations: norms, gates, token shifts, interpolations."""
