@@ -88,7 +88,10 @@ class FusedRows {
       for (const RowInstruction& i : program.instructions) {
         row_work_ += 4.0 + static_cast<double>(i.outer * i.inner) / (i.op >= RowOp::exp && i.op <= RowOp::silu ? 2 : 8);
       }
-      for (const Port& port : program.outputs) dummy_ = std::max(dummy_, port.width);
+      for (const Port& port : program.outputs) {
+        dummies_.push_back(dummy_);
+        dummy_ += port.width;
+      }
       return program;
     } catch (const std::runtime_error& error) {
       node.fail(error.what());
@@ -142,7 +145,8 @@ class FusedRows {
           case PortKind::fixed: places[i] = at(in[index], p.offset); break;
           case PortKind::literal: places[i] = at(program_.literals.data(), p.index); break;
           case PortKind::output:
-            places[i] = row < begin ? dummy : out[index] + row * program_.outputs[index].width + p.offset;
+            places[i] = row < begin ? dummy + dummies_[index] + p.offset
+                                    : out[index] + row * program_.outputs[index].width + p.offset;
             break;
           default: places[i] = registers + p.offset;
         }
@@ -172,7 +176,8 @@ class FusedRows {
   Node node_;
   const RowLoops& loops_;
   double row_work_ = 0;
-  int64_t dummy_ = 0;
+  int64_t dummy_ = 0;  // floats that stand for the outputs of a row computed again
+  std::vector<int64_t> dummies_;
   RowProgram program_;  // after what reading it fills
   std::vector<const float*> fixed_;
   size_t first_rows_ = kNone;
