@@ -164,6 +164,31 @@ void mul_add(const float* a, const float* b, const float* c, float* to, int64_t 
   for (; j < n; ++j) to[j] = a[j] * b[j] + c[j];
 }
 
+void pick(const RowInstruction& i, const float* a, float* to) {
+  if (i.inner == 1) {
+    for (int64_t o = 0; o < i.outer; ++o) to[o] = a[o * i.a_step];
+    return;
+  }
+  for (int64_t o = 0; o < i.outer; ++o) {
+    const float* from = a + o * i.a_step;
+    if (i.b_step == 1) {
+      std::memcpy(to + o * i.inner, from, static_cast<size_t>(i.inner) * sizeof(float));
+    } else {
+      for (int64_t j = 0; j < i.inner; ++j) to[o * i.inner + j] = from[j * i.b_step];
+    }
+  }
+}
+
+void place(const RowInstruction& i, const float* a, float* to) {
+  if (i.inner == 1) {
+    for (int64_t o = 0; o < i.outer; ++o) to[o * i.b_step] = a[o];
+    return;
+  }
+  for (int64_t o = 0; o < i.outer; ++o) {
+    std::memcpy(to + o * i.b_step, a + o * i.inner, static_cast<size_t>(i.inner) * sizeof(float));
+  }
+}
+
 void run(const RowInstruction* instructions, int64_t count, float* const* places, const float* literals) {
   for (const RowInstruction* p = instructions; p < instructions + count; ++p) {
     const RowInstruction& i = *p;
@@ -226,6 +251,8 @@ void run(const RowInstruction* instructions, int64_t count, float* const* places
         }
         break;
       case RowOp::mul_add: mul_add(a, b, c, to, i.inner); break;
+      case RowOp::pick: pick(i, a, to); break;
+      case RowOp::place: place(i, a, to); break;
       case RowOp::count: break;
     }
   }

@@ -13,7 +13,7 @@ enum class RowOp : int64_t {
   add, sub, mul, div, max, min,
   sum, mean, largest, l2,
   layer_norm, rms_norm,
-  mul_add,
+  mul_add, pick, place,
   count
 };
 
@@ -21,7 +21,7 @@ struct RowInstruction {
   RowOp op;
   int64_t dst, a, b, c;  // places
   int64_t outer, inner;
-  bool a_single;
+  bool a_single;   // one float a turn
   int64_t a_step;  // of a norm: which literal is its epsilon
   bool b_single;
   int64_t b_step;

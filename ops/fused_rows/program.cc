@@ -108,11 +108,15 @@ RowProgram::RowProgram(const std::vector<int64_t>& numbers, std::vector<float> c
     require(to.kind == PortKind::reg || to.kind == PortKind::output, "a destination that can't be written");
     const bool reduces = i.op >= RowOp::sum && i.op <= RowOp::l2;
     const bool norm = i.op == RowOp::layer_norm || i.op == RowOp::rms_norm;
-    int64_t read = i.outer * i.inner;
+    int64_t read = i.outer * i.inner, written = reduces ? i.outer : i.outer * i.inner;
     if (is_binary(i.op)) {
       require(i.b >= 0, "an operand is missing");
       read = (i.outer - 1) * i.a_step + (i.a_single ? 1 : i.inner);
       require((i.outer - 1) * i.b_step + (i.b_single ? 1 : i.inner) <= width(i.b), "an operand beyond its place");
+    } else if (i.op == RowOp::pick) {
+      read = (i.outer - 1) * i.a_step + (i.inner - 1) * i.b_step + 1;
+    } else if (i.op == RowOp::place) {
+      written = (i.outer - 1) * i.b_step + i.inner;
     } else if (!reduces && !norm) {
       require(i.outer == 1, "outer");
       if (i.op == RowOp::mul_add) {
@@ -123,7 +127,7 @@ RowProgram::RowProgram(const std::vector<int64_t>& numbers, std::vector<float> c
       require(i.a_step < length(literals), "a norm's epsilon");
     }
     require(read <= width(i.a), "an operand beyond its place");
-    require((reduces ? i.outer : i.outer * i.inner) <= to.width, "a result beyond its place");
+    require(written <= to.width, "a result beyond its place");
     instructions.push_back(i);
   }
   for (int64_t k = 0; k < counts[4]; ++k) {

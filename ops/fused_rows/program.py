@@ -58,6 +58,8 @@ class OpCode(IntEnum):
     LAYER_NORM = 24
     RMS_NORM = 25
     MUL_ADD = 26
+    PICK = 27
+    PLACE = 28
 
 
 class Kind(IntEnum):
@@ -105,7 +107,8 @@ class Instruction:
 
     A reduction writes ``dst[i]`` from ``a[i*inner : (i+1)*inner]``. A norm does the same with weight ``b``
     and bias ``c`` (-1: none) over each stretch of ``inner``, and its epsilon is literal ``a_step``.
-    MUL_ADD is ``a*b + c`` without steps for ``c``.
+    MUL_ADD is ``a*b + c`` without steps for ``c``. PICK copies ``a[i*a_step + j*b_step]`` to
+    ``dst[i*inner + j]``, PLACE copies ``a[i*inner + j]`` to ``dst[i*b_step + j]``.
     """
 
     op: OpCode

@@ -135,7 +135,15 @@ def _execute(i: Instruction, places: list[Array], constants: Array) -> None:
         a, b, c = (places[p][: i.inner] for p in (i.a, i.b, i.c))
         places[i.dst][: i.inner] = a * b + c
         return
+    rows, columns = np.arange(i.outer)[:, None], np.arange(i.inner)[None, :]
+    if i.op == OpCode.PICK:
+        picked = places[i.a][rows * i.a_step + columns * i.b_step]
+        places[i.dst][: i.outer * i.inner] = picked.reshape(-1)
+        return
     x = places[i.a][: i.outer * i.inner].reshape(i.outer, i.inner)
+    if i.op == OpCode.PLACE:
+        places[i.dst][rows * i.b_step + columns] = x
+        return
     if i.op in _REDUCE:
         places[i.dst][: i.outer] = _REDUCE[i.op](x)
         return

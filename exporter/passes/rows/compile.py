@@ -53,6 +53,7 @@ class _Draft:
     a_step: int = 0
     b_single: bool = False
     b_step: int = 0
+    offset: int = 0  # in the result
 
     def operands(self) -> list[_Source]:
         return [s for s in (self.a, self.b, self.c) if s is not None]
@@ -187,6 +188,29 @@ def _norm(c: _Compiler, step: Step) -> None:
     )
 
 
+def _pick(c: _Compiler, step: Step) -> None:
+    a, last, stride = c.rows(step.reads[0]), trailing_of(step.reads[0])[-1], int(step.numbers[0] or 1)
+    for value, offset in zip(step.writes, step.offsets, strict=True):
+        width, inner = prod(trailing_of(value)), trailing_of(value)[-1]
+        to = c.sources[value] = c.result(width)
+        begin = replace(a, offset=a.offset + offset, width=a.width - offset)
+        outer = width // inner
+        c.drafts.append(
+            _Draft(OpCode.PICK, to.index, begin, None, None, outer, inner, a_step=last, b_step=stride)
+        )
+
+
+def _join(c: _Compiler, step: Step) -> None:
+    shape, offset = trailing_of(step.writes[0]), 0
+    to = c.sources[step.writes[0]] = c.result(prod(shape))
+    for value in step.reads:
+        a, inner = c.rows(value), trailing_of(value)[-1]
+        outer = prod(shape[:-1])
+        draft = _Draft(OpCode.PLACE, to.index, a, None, None, outer, inner, b_step=shape[-1], offset=offset)
+        c.drafts.append(draft)
+        offset += inner
+
+
 def _shift(c: _Compiler, step: Step) -> None:
     rows, history = step.reads
     source = c.rows(rows)
@@ -206,6 +230,8 @@ _STEPS = {
     "clip": _clip,
     "reduce": _reduce,
     "norm": _norm,
+    "pick": _pick,
+    "join": _join,
     "shift": _shift,
     "tail": _tail,
 }
@@ -294,7 +320,7 @@ def _allocate(c: _Compiler) -> Compiled | str:
 
 
 def _finished(d: _Draft, widths: list[int], place: Callable[[_Source | None], int]) -> Instruction:
-    dst = place(_Source(Kind.REGISTER, d.dst, widths[d.dst]))
+    dst = place(_Source(Kind.REGISTER, d.dst, widths[d.dst] - d.offset, d.offset))
     return Instruction(
         d.op,
         dst,
@@ -346,7 +372,7 @@ def _registers(c: _Compiler, homes: dict[int, int]) -> tuple[dict[int, int], int
     for *_, result in c.shifts:
         take(result)
     for i, draft in enumerate(c.drafts):
-        if draft.dst not in homes:
+        if draft.dst not in homes and draft.dst not in offsets:
             take(draft.dst)
         for index in {s.index for s in draft.operands() if s.kind == Kind.REGISTER}:
             if last[index] == i and index in offsets and index not in kept:

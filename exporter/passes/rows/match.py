@@ -24,15 +24,16 @@ class Step:
 
     Attributes:
         kind: "view" (a value's values under another shape, or a part of them), "unary", "binary",
-            "clip", "reduce", "norm", "shift" or "tail".
+            "clip", "reduce", "norm", "pick" (parts of the last axis), "join" (along it), "shift" or
+            "tail".
         node: the node that gives the result.
         covers: every node that the step stands for, in graph order.
         lead: names of the first two dimensions of the rows.
         reads: the operands; for a shift (rows, history).
         writes: the results.
         op: what is computed.
-        offsets: of a view, where each result begins in a row.
-        numbers: a norm's epsilon, or a clip's bounds (None: no bound).
+        offsets: where each result of a view begins in a row, or of a pick on the last axis.
+        numbers: a norm's epsilon, a clip's bounds (None: no bound), or the step of a pick.
     """
 
     kind: str
@@ -212,15 +213,16 @@ def _split(node: ir.Node) -> Matched:
     if lead is None or x.shape is None:
         return None
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-    if len(x.shape) != 3 or axis not in (-1, 2):
-        return "it does not split [B,T,C] into parts of C"
+    if len(x.shape) < 3 or axis not in (-1, len(x.shape) - 1):
+        return "it does not split the last axis of rows"
     if any(lead_of(y) != lead for y in node.outputs):
         return "its shapes are not known"
     if len(node.inputs) > 1 and constant(node.inputs[1]) is None:
         return "its sizes are computed"
-    sizes = [trailing_of(y)[0] for y in node.outputs]
+    sizes = [trailing_of(y)[-1] for y in node.outputs]
     starts = tuple(int(s) for s in np.cumsum([0, *sizes[:-1]]))
-    return Step("view", node, (node,), lead, (x,), tuple(node.outputs), offsets=starts)
+    kind = "view" if prod(trailing_of(x)[:-1]) == 1 else "pick"
+    return Step(kind, node, (node,), lead, (x,), tuple(node.outputs), offsets=starts, numbers=(1,))
 
 
 def _slice(node: ir.Node) -> Matched:
@@ -230,14 +232,30 @@ def _slice(node: ir.Node) -> Matched:
         return "its bounds are computed"
     start, end, axis = (int(p.reshape(-1)[0]) for p in parts[:3] if p is not None)
     step = int(parts[3].reshape(-1)[0]) if len(parts) > 3 and parts[3] is not None else 1
-    if any(p is not None and p.size != 1 for p in parts) or step != 1 or x.shape is None:
-        return "it cuts more than one axis, or with a step"
-    if axis in (1, 1 - len(x.shape)):
+    if any(p is not None and p.size != 1 for p in parts) or step < 1 or x.shape is None:
+        return "it cuts more than one axis, or backwards"
+    if axis in (1, 1 - len(x.shape)) and step == 1:
         return _shift(node, start, end)
     lead = lead_of(x)
-    if lead is None or lead_of(y) != lead or len(x.shape) != 3 or start < 0:
-        return "it does not cut a part of C out of [B,T,C]"
-    return Step("view", node, (node,), lead, (x,), (y,), offsets=(start,))
+    if lead is None or lead_of(y) != lead or axis not in (-1, len(x.shape) - 1):
+        return "it does not cut the last axis of rows"
+    start += trailing_of(x)[-1] if start < 0 else 0
+    kind = "view" if prod(trailing_of(x)[:-1]) == 1 and step == 1 else "pick"
+    return Step(kind, node, (node,), lead, (x,), (y,), offsets=(start,), numbers=(step,))
+
+
+def _join(node: ir.Node) -> Matched:
+    out = node.outputs[0]
+    lead = lead_of(out)
+    if lead is None or out.shape is None:
+        return None
+    axis = node.attributes["axis"].as_int()
+    if len(out.shape) < 3 or axis not in (-1, len(out.shape) - 1):
+        return None if axis == 1 else "it does not join along the last axis of rows"
+    reads = tuple(v for v in node.inputs if v is not None)
+    if any(lead_of(v) != lead for v in reads):
+        return "it joins rows with something else"
+    return Step("join", node, (node,), lead, reads, (out,))
 
 
 def _shift(node: ir.Node, start: int, end: int) -> Matched:
@@ -283,5 +301,6 @@ _MATCHERS: dict[str, Callable[[ir.Node], Matched]] = {
     "Clip": _clip,
     "Split": _split,
     "Slice": _slice,
+    "Concat": _join,
     "Gather": _tail,
 }

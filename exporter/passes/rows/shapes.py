@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from xexport.exporter.passes.rows.values import constant
+
 __all__ = ["fill_shapes"]
 
 _SAME = {"Sigmoid", "Tanh", "Exp", "Neg", "Relu", "Softplus", "Gelu", "Erf", "Abs", "Sqrt", "Reciprocal"}
@@ -21,7 +23,10 @@ def fill_shapes(graph: ir.Graph) -> None:
             out.shape = shape
         if out.dtype is None and node.inputs and node.inputs[0] is not None and node.op_type != "Cast":
             source = node.inputs[0]
-            if source.dtype is not None and (node.op_type in _SAME | _BROADCAST | {"MatMul", "MatMulNBits"}):
+            if source.dtype is not None and (
+                node.op_type
+                in _SAME | _BROADCAST | {"MatMul", "MatMulNBits", "Slice", "Unsqueeze", "Squeeze", "Concat"}
+            ):
                 out.type = ir.TensorType(source.dtype)
 
 
@@ -33,9 +38,52 @@ def _shape(node: ir.Node) -> ir.Shape | None:
         return _broadcast([s for s in shapes if s is not None]) if None not in shapes else None
     if node.op_type == "MatMul" and len(shapes) == 2 and shapes[0] is not None and shapes[1] is not None:
         return ir.Shape([*shapes[0][:-1], shapes[1][-1]]) if len(shapes[1]) == 2 else None
+    if node.op_type in ("Slice", "Unsqueeze", "Squeeze") and shapes[0] is not None:
+        return _cut(node, shapes[0])
+    if node.op_type == "Concat" and all(s is not None for s in shapes):
+        return _joined(node, [s for s in shapes if s is not None])
     if node.op_type == "MatMulNBits" and shapes[0] is not None:
         return ir.Shape([*shapes[0][:-1], node.attributes["N"].as_int()])
     return None
+
+
+def _cut(node: ir.Node, shape: ir.Shape) -> ir.Shape | None:
+    """Of a Slice of one known axis, or of dimensions of 1 that come or go."""
+    numbers = [constant(value) for value in node.inputs[1:]]
+    if any(n is None for n in numbers) or not numbers:
+        return None
+    dims = list(shape)
+    values = [n.reshape(-1).tolist() for n in numbers if n is not None]
+    if node.op_type == "Unsqueeze":
+        rank = len(dims) + len(values[0])
+        for axis in sorted(a % rank for a in values[0]):
+            dims.insert(axis, 1)
+        return ir.Shape(dims)
+    if node.op_type == "Squeeze":
+        gone = {a % len(dims) for a in values[0]}
+        return ir.Shape([d for i, d in enumerate(dims) if i not in gone])
+    if any(len(v) != 1 for v in values) or len(values) < 3:
+        return None
+    axis, size = values[2][0] % len(dims), dims[values[2][0] % len(dims)]
+    if not isinstance(size, int):
+        return None
+    dims[axis] = len(
+        range(*slice(values[0][0], values[1][0], *(values[3] if len(values) > 3 else ())).indices(size))
+    )
+    return ir.Shape(dims)
+
+
+def _joined(node: ir.Node, shapes: list[ir.Shape]) -> ir.Shape | None:
+    dims = list(shapes[0])
+    axis = node.attributes["axis"].as_int() % len(dims)
+    sizes = [s[axis] for s in shapes]
+    total = 0
+    for size in sizes:
+        if not isinstance(size, int):
+            return None
+        total += size
+    dims[axis] = total
+    return ir.Shape(dims)
 
 
 def _broadcast(shapes: list[ir.Shape]) -> ir.Shape | None:
