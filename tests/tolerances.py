@@ -19,6 +19,14 @@ _ROWS: dict[str, tuple[float, str]] = {
         "issue 3's bound against float64; the kernel's transforms measure 3e-7 up to 2^16 points",
     ),
     "native_exp": (5e-7, "polynomial 1.7e-7, and up to 3 roundings of 2^-24 of the exponent and the result"),
+    "fused_rows": (
+        2e-6,
+        "exp within 5e-7 (native_exp), then at most five roundings of 2^-24 each; sums of 64 squares 5e-7",
+    ),
+    "fused_rows_relative": (
+        4e-6,
+        "relative: exp(-16) is off by 16 * 4e-8 from the rounding of its exponent, then roundings of 2^-24",
+    ),
     "linear_attention_fp32": (
         1e-5,
         "running sums of 64 log decays near -20 are rounded by 20 * 2^-24 = 1e-6, a relative error of the "

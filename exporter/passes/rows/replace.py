@@ -16,8 +16,9 @@ __all__ = ["replace_groups"]
 def replace_groups(model: ir.Model, plans: Iterable[tuple[Group, Compiled, str]]) -> None:
     """Insert a node for every (group, program, function name), and remove what nobody reads any more."""
     moved: dict[ir.Value, ir.Value] = {}
-    for group, compiled, op_type in plans:
-        node = _node(group, compiled, op_type, moved)
+    for number, (group, compiled, op_type) in enumerate(plans):
+        first = group.steps[0].node.name or "rows"
+        node = _node(compiled, op_type, f"{first}/{op_type}.{number}", moved)
         model.graph.append(node)
         for old, new in zip(compiled.outputs, node.outputs, strict=True):
             new.name, new.type, new.shape = old.name, old.type, old.shape
@@ -28,7 +29,7 @@ def replace_groups(model: ir.Model, plans: Iterable[tuple[Group, Compiled, str]]
     model.graph.sort()
 
 
-def _node(group: Group, compiled: Compiled, op_type: str, moved: dict[ir.Value, ir.Value]) -> ir.Node:
+def _node(compiled: Compiled, op_type: str, name: str, moved: dict[ir.Value, ir.Value]) -> ir.Node:
     program = compiled.program
     return ir.Node(
         "xexport",
@@ -36,5 +37,5 @@ def _node(group: Group, compiled: Compiled, op_type: str, moved: dict[ir.Value, 
         [moved.get(value, value) for value in compiled.inputs],
         [ir.AttrInt64s("program", program.encode()), ir.AttrFloat32s("constants", list(program.constants))],
         num_outputs=len(compiled.outputs),
-        name=f"{group.steps[-1].node.name}/{op_type}",
+        name=name,
     )
