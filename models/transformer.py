@@ -41,7 +41,7 @@ row S + (s-S) mod (W-1). Simplified and seeing everything: ``layers.<i>.sum`` [B
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,16 @@ from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.ops.cached_attention.reference import cached_attention
 
-__all__ = ["FAMILY", "Transformer", "TransformerConfig", "TransformerTrain"]
+__all__ = [
+    "FAMILY",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerTrain",
+    "fused_attention",
+    "rope_angles",
+    "rotate",
+    "turns_of",
+]
 
 _TURN = 1 << 32
 _BLOCKS = ("llama", "simplified")
@@ -208,7 +217,7 @@ class _Attention(nn.Module):
     def projected(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q ``[B,T,H,K]`` as it is, k ``[B,T,G,K]`` rotated, v ``[B,T,G*K]``."""
         q = torch.unflatten(self.q_proj(x), -1, (self.c.heads, -1))
-        k = _rotate(torch.unflatten(self.k_proj(x), -1, (self.c.groups, -1)), rope)
+        k = rotate(torch.unflatten(self.k_proj(x), -1, (self.c.groups, -1)), rope)
         return q, k, x if self.v_proj is None else self.v_proj(x)
 
     def forward(
@@ -220,7 +229,7 @@ class _Attention(nn.Module):
             return self._windowed(q, k, v, places, state)
         keys, values, *rest = state
         scale = self.c.size**-0.5
-        q = _rotate(q, places.rope).flatten(-2)
+        q = rotate(q, places.rope).flatten(-2)
         o, keys, values = cached_attention(
             q, k.flatten(-2), v, keys, values, position, self.c.heads, self.c.groups, scale
         )
@@ -242,9 +251,9 @@ class _Attention(nn.Module):
         seen = [torch.cat((old, y.transpose(1, 2)), 2) for old, y in zip(state, (k, v), strict=True)]
         new = [torch.index_select(y, 2, places.rows) for y in seen]
         s = self.c.sinks
-        scores = self.scores(_rotate(q, places.rope), seen[0][:, :, s:])
+        scores = self.scores(rotate(q, places.rope), seen[0][:, :, s:])
         if places.sink_rope is not None:
-            sinks = self.scores(_rotate(q, places.sink_rope), new[0][:, :, :s])
+            sinks = self.scores(rotate(q, places.sink_rope), new[0][:, :, :s])
             scores = torch.cat((sinks, scores), -1)
             seen[1] = torch.cat((new[1][:, :, :s], seen[1][:, :, s:]), 2)
         return self.mixed(scores, places.allowed, seen[1], v), new
@@ -390,9 +399,7 @@ class Transformer(nn.Module):
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin ``[T,1,K/2]`` of the rotation at int64 positions ``[T]`` below 2^31."""
-        phase = (positions[:, None, None] * self.model.turns) % _TURN
-        angle = phase.to(self.model.norm.weight.dtype) * (2 * math.pi / _TURN)
-        return angle.cos(), angle.sin()
+        return rope_angles(self.model.turns, positions, self.model.norm.weight.dtype)
 
 
 class TransformerTrain(Transformer):
@@ -412,7 +419,7 @@ class TransformerTrain(Transformer):
             v = torch.unflatten(v, -1, (c.groups, -1))
             window = c.window(i)
             if attention.o_proj is not None and not (window and c.sinks):
-                attended = attention.o_proj(_fused(_rotate(q, rope), k, v, window))
+                attended = attention.o_proj(fused_attention(rotate(q, rope), k, v, window))
             else:
                 attended = self._masked(attention, q, k, v, here)
             x = block.finish(x, z, attended, ffn)
@@ -421,18 +428,18 @@ class TransformerTrain(Transformer):
     def _masked(self, attention: _Attention, q: Tensor, k: Tensor, v: Tensor, here: Tensor) -> Tensor:
         """Attention with the whole matrix of scores, in which the sinks' columns have their own rotation."""
         keys, values = k.transpose(1, 2), v.transpose(1, 2)
-        scores = attention.scores(_rotate(q, self.angles(here)), keys)
+        scores = attention.scores(rotate(q, self.angles(here)), keys)
         allowed = here <= here[:, None]
         if attention.window:
             s, window = self.config.sinks, attention.window
             sink = here < s
             allowed = allowed & ((here > here[:, None] - window) | sink)
             places = here.clamp(max=s + window - 1)
-            scores = torch.where(sink, attention.scores(_rotate(q, self.angles(places)), keys), scores)
+            scores = torch.where(sink, attention.scores(rotate(q, self.angles(places)), keys), scores)
         return attention.mixed(scores, allowed, values, v)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Causal attention of ``q [B,T,H,K]``, ``k, v [B,T,G,K]``: ``[B,T,H*K]``."""
     place = torch.arange(q.shape[1], device=q.device)
     allowed = (place <= place[:, None]) & (place > place[:, None] - window) if window else None
@@ -453,7 +460,13 @@ def _token_in_row(row: Tensor, end: Tensor, sinks: int, ring: int) -> Tensor:
     return torch.where(filled, token, -1)
 
 
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rope_angles(turns: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[T,1,K/2]`` at int64 positions ``[T]`` below 2^31, of ``turns`` [K/2] in 2^-32 turns."""
+    angle = ((positions[:, None, None] * turns) % _TURN).to(dtype) * (2 * math.pi / _TURN)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (i, i + K/2) of the last axis."""
     cos, sin = rope
     a, b = x.chunk(2, -1)
@@ -472,6 +485,11 @@ def _turns(c: TransformerConfig) -> list[int]:
             share = (length * rate / (2 * math.pi) - low) / (high - low)
             share = 1 - min(1.0, max(0.0, share))
         rates.append(rate * (1 - share) + rate / c.rope_factor * share)
+    return turns_of(rates)
+
+
+def turns_of(rates: Sequence[float]) -> list[int]:
+    """Angles a token, in radians, as whole units of 2^-32 turns."""
     return [round(r / (2 * math.pi) * _TURN) for r in rates]
 
 

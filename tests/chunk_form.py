@@ -114,7 +114,8 @@ def operators(family: Family, config: Any) -> list[str]:
         module = family.build(config)
         args = (torch.zeros(2, 3, dtype=torch.int64), *new_state(module, 2))
     batch, length = torch.export.Dim("B"), torch.export.Dim("T")
-    shapes = {"tokens": {0: batch, 1: length}, "state": tuple({0: batch} for _ in args[1:])}
+    states = tuple({i: batch for i, d in enumerate(s.shape) if d == "B"} for s in module.state_spec())
+    shapes = {"tokens": {0: batch, 1: length}, "state": states}
     program = torch.export.export(module, args, dynamic_shapes=shapes)
     return [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
 
