@@ -18,6 +18,8 @@ from xexport.core.registry import get_op, op_names
 
 __all__ = ["attach_functions"]
 
+_FUSED = "fused_rows_"
+
 
 def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[str, str]) -> list[Lowering]:
     """Give every custom node in the model its body, and say which and why.
@@ -60,7 +62,17 @@ def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[
         spec = specs[key]
         lowerings.append(_attach(model, spec, variants, why, counts[key]))
         pending += [_key(get_op(d)) for d in spec.depends]
-    return sorted(lowerings, key=lambda low: low.op)
+    return sorted(lowerings + _chains(model), key=lambda low: low.op)
+
+
+def _chains(model: ir.Model) -> list[Lowering]:
+    """One row for all the chains of row-wise nodes that were fused (passes/rows)."""
+    names = [name for domain, name, _ in model.functions if domain == "xexport" and name.startswith(_FUSED)]
+    if not names:
+        return []
+    nodes = sum(node.op_type in names for node in model.graph)
+    why = "small nodes cost more to start than to compute; their bodies hold the nodes they replace"
+    return [Lowering(f"{_FUSED}*", "xexport", f"{len(names)} different chains", why, nodes)]
 
 
 def _key(spec: OpSpec) -> tuple[str, str, int]:

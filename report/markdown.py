@@ -20,6 +20,7 @@ _SECTIONS = (
     ("Size and memory", "resources", ""),
     ("Chunk law", "law", "law_note"),
     ("Operators", "lowerings", ""),
+    ("Left as they were", "refusals", ""),
     ("Quantization, tensor by tensor", "decisions", ""),
     ("Checks at export", "checks", ""),
     ("Inputs, outputs, state", "signature", ""),

@@ -31,6 +31,7 @@ __all__ = [
     "lowerings",
     "model",
     "positions",
+    "refusals",
     "resources",
     "short_name",
     "signature",
@@ -245,6 +246,15 @@ def lowerings(manifest: Manifest) -> Table:
     """Every operator outside the standard set: what body it got and why."""
     rows = [(f"{row.domain}::{row.op}", row.variant, str(row.nodes), row.why) for row in manifest.lowerings]
     return Table(("Operator", "Body", "Nodes", "Why"), rows, (2,))
+
+
+def refusals(manifest: Manifest) -> Table:
+    """What the exporter's passes looked at and left as it was: one row a reason."""
+    nodes: dict[tuple[str, str], list[str]] = {}
+    for row in manifest.refusals:
+        nodes.setdefault((row.pass_, row.reason), []).append(row.node)
+    rows = [(by, why, str(len(names)), names[0]) for (by, why), names in nodes.items()]
+    return Table(("Pass", "Why it left them", "Nodes", "The first"), rows, (2,))
 
 
 def checks(manifest: Manifest) -> Table:

@@ -59,6 +59,7 @@ def bundle_view(manifest: Manifest, records: Sequence[Record]) -> dict[str, Any]
         "law": tables.chunk_law(records),
         "law_note": _law_note(records),
         "lowerings": tables.lowerings(manifest),
+        "refusals": tables.refusals(manifest),
         "decisions": tables.decisions(manifest),
         "checks": tables.checks(manifest),
         "signature": tables.signature(manifest),
