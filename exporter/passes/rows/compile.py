@@ -119,8 +119,8 @@ def _wanted(group: Group) -> list[ir.Value]:
     made: list[ir.Value] = []
     own: set[ir.Value] = set()
     for step in group.steps:
-        if step.kind == "view" and step.reads[0] not in own:
-            continue  # the node of a view of somebody else's value can stay for its other readers
+        if step.free and step.reads[0] not in own:
+            continue  # the node can stay for its other readers
         own |= set(step.writes)
         for value in step.writes:
             if value.is_graph_output() or any(user not in covered for user, _ in value.uses()):

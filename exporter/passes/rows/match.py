@@ -47,6 +47,11 @@ class Step:
     numbers: tuple[float | None, ...] = ()
 
     @property
+    def free(self) -> bool:
+        """Whether ONNX Runtime does it without moving a number."""
+        return self.kind == "view" and self.node.op_type in _FREE
+
+    @property
     def computes(self) -> bool:
         """Whether it does more than show a value's numbers under another shape."""
         return self.kind != "view"
@@ -54,6 +59,7 @@ class Step:
 
 Matched = Step | str | None
 
+_FREE = ("Reshape", "Squeeze", "Unsqueeze", "Flatten")
 _UNARY = {
     "Neg": OpCode.NEG,
     "Abs": OpCode.ABS,
@@ -296,7 +302,7 @@ _MATCHERS: dict[str, Callable[[ir.Node], Matched]] = {
     **dict.fromkeys(_BINARY, _binary),
     **dict.fromkeys(_REDUCE, _reduce),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _norm),
-    **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Flatten"), _view),
+    **dict.fromkeys(_FREE, _view),
     "Pow": _pow,
     "Clip": _clip,
     "Split": _split,
