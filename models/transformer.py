@@ -702,7 +702,6 @@ FAMILY = Family(
         ("lm_head.*", "head"),
         ("*norm.weight", "norm"),
         ("*_proj.weight", "projection"),
-        ("*_proj.bias", "norm"),
         ("*", "other"),
     ),
     state_note="keys and values of every token up to max_tokens, or of sinks and window: constant then",
