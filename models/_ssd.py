@@ -120,7 +120,9 @@ class _GatedNorm(RMSNorm):
         if self.groups == 1:
             return self(y)  # type: ignore[no-any-return]
         parts = torch.unflatten(y, -1, (self.groups, -1))
-        return F.rms_norm(parts, (parts.shape[-1],), None, self.eps).flatten(-2) * self.weight
+        size = parts.shape[-1]
+        # without a weight torch exports one of the input's full shape, made anew at every token
+        return F.rms_norm(parts, (size,), y.new_ones(size), self.eps).flatten(-2) * self.weight
 
 
 class SsdMixer(nn.Module):

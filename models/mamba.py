@@ -124,7 +124,10 @@ class _Mixer(nn.Module):
         x, conv = self._convolve(x, conv)
         dt, B, C = self.x_proj(x).split(self.sizes, -1)
         if self.norm_eps:
-            dt, B, C = (F.rms_norm(p, (p.shape[-1],), None, self.norm_eps) for p in (dt, B, C))
+            # without a weight torch exports one of the input's full shape, made anew at every token
+            dt, B, C = (
+                F.rms_norm(p, (p.shape[-1],), p.new_ones(p.shape[-1]), self.norm_eps) for p in (dt, B, C)
+            )
         dt = F.softplus(self.dt_proj(dt))
         y, ssm = selective_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, ssm)
         return self.out_proj(y * F.silu(z)), conv, ssm

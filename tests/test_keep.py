@@ -87,6 +87,19 @@ CASES: dict[str, tuple[list[NodeProto], tuple[str, ...], list[str]]] = {
         (),
         ["sum"],
     ),
+    "a norm's weight of the input's full shape": (
+        [
+            RUNNING,
+            node("Shape", ["sum"], ["size"]),
+            node(
+                "ConstantOfShape", ["size"], ["ones"], value=numpy_helper.from_array(np.ones(1, np.float32))
+            ),
+            node("RMSNormalization", ["sum", "ones"], ["n"], axis=-1, epsilon=1e-5),
+            HEAD,
+        ],
+        (),
+        ["n"],
+    ),
     "residual and branch": (
         [
             RUNNING,
