@@ -122,7 +122,8 @@ class _GatedNorm(RMSNorm):
         parts = torch.unflatten(y, -1, (self.groups, -1))
         size = parts.shape[-1]
         # without a weight torch exports one of the input's full shape, made anew at every token
-        return F.rms_norm(parts, (size,), y.new_ones(size), self.eps).flatten(-2) * self.weight
+        ones = torch.ones(size, dtype=y.dtype, device=y.device)
+        return F.rms_norm(parts, (size,), ones, self.eps).flatten(-2) * self.weight
 
 
 class SsdMixer(nn.Module):

@@ -125,8 +125,9 @@ class _Mixer(nn.Module):
         dt, B, C = self.x_proj(x).split(self.sizes, -1)
         if self.norm_eps:
             # without a weight torch exports one of the input's full shape, made anew at every token
+            ones = [torch.ones(size, dtype=x.dtype, device=x.device) for size in self.sizes]
             dt, B, C = (
-                F.rms_norm(p, (p.shape[-1],), p.new_ones(p.shape[-1]), self.norm_eps) for p in (dt, B, C)
+                F.rms_norm(p, w.shape, w, self.norm_eps) for p, w in zip((dt, B, C), ones, strict=True)
             )
         dt = F.softplus(self.dt_proj(dt))
         y, ssm = selective_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, ssm)

@@ -180,8 +180,8 @@ def _is_per_position(node: ir.Node) -> bool:
     if node.op_type in _ONE_AXIS:
         axis = node.attributes.get_int("axis", 0 if node.op_type == "Split" else -1)
         after = axis >= 2 or (axis < 0 and _rank(data[0]) + axis >= 2)
-        # a norm's weight spans the axes from ``axis`` on; one of the input's full shape (which torch writes where
-        # there is no weight) has positions, and may not say so
+        # a norm's weight spans the axes from ``axis`` on; one of the input's full shape, which torch writes
+        # where there is no weight, has positions and may not say so
         spans = -axis if axis < 0 else rank - axis
         weights = "Normalization" not in node.op_type or all(0 <= _rank(v) <= spans for v in node.inputs[1:])
         return after and weights and (node.op_type != "Concat" or not rest)
