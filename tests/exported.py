@@ -16,7 +16,7 @@ import pytest
 
 __all__ = ["BOUNDED", "FAMILIES", "IDS", "TARGETS", "TIMED", "Exporter", "sizes"]
 
-FAMILIES = ("hyena", "mamba", "retnet", "rwkv", "transformer")
+FAMILIES = ("hyena", "linear_attention", "mamba", "retnet", "rwkv", "transformer")
 #: those whose stream has a maximum
 BOUNDED = ("hyena", "transformer")
 TARGETS = ("cpu-fp16", "cpu-fp32", "cpu-int4", "cpu-int8")
