@@ -1,0 +1,327 @@
+"""Performer: softmax attention by positive orthogonal random features (FAVOR+), causal, as running sums.
+
+Sources:
+    1. Choromanski et al., Rethinking Attention with Performers, arXiv 2009.14794: lemma 1 (positive
+       features), section 2.4 (orthogonal features), algorithm 1 and appendix B.1 (prefix sums).
+    2. google-research/performer, fast_attention.py, and lucidrains/performer-pytorch (MIT): the number of
+       features, K ln K, and the ReLU kernel's constant.
+    3. Su et al., RoFormer, arXiv 2104.09864: rotary positions before the features, as [2] has them.
+
+Glossary:
+    B batch, T tokens, d width, H heads, K = d/H head size, M features, w_i [K] the i-th random direction.
+
+One block (pre-norm): Y = X + A(LN(X)) W_O,  X' = Y + gelu(LN(Y) W_1) W_2. Attention of one head:
+    o_t = (phi(q_t)^T S_t) / (phi(q_t)^T z_t),   S_t = S_{t-1} + phi(k_t) v_t^T,   z_t = z_{t-1} + phi(k_t)
+    softmax kernel:  phi(x)_i = M^-1/2 exp(w_i.x - |x|^2/2)  with x = K^-1/4 times q or k
+    relu kernel:     phi(x)_i = relu(w_i.x) + 0.001
+The w_i are rows of orthogonal matrices with lengths of their own, drawn once and stored as weights.
+
+Departure: [2] keeps exp in range by subtracting the largest exponent, of the keys over the whole sequence,
+and adds 1e-4 to every feature. The first looks ahead, and with it the second depends on what comes later: no
+stream can do that. A feature's exponent is at most |w_i|^2/2 (where x = w_i), a constant: here the keys' are
+lowered by a constant so that none is above 60, the queries' by their own largest, and nothing is added. Both
+factors cancel in o_t.
+
+The bidirectional form sees the whole sequence at once and has no place in the chunk form: not done here.
+
+State: ``layers.<i>.sums`` [B,H,M,K+1] float32, S and, in the last column, z; ``position`` [1] int64, shared
+by the batch. Constant in the length of the stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
+from xexport.core.errors import CheckpointError, InputError
+from xexport.core.family import Family, LoadedModel
+from xexport.core.state import StateSpec
+from xexport.ops.linear_attention.parallel import linear_attention_parallel
+from xexport.ops.linear_attention.reference import linear_attention
+
+__all__ = ["FAMILY", "Performer", "PerformerConfig", "PerformerTrain"]
+
+_TURN = 1 << 32
+_KERNELS = ("softmax", "relu")
+#: of a key's exponents: e^60 times 10^9 tokens is a tenth of a percent of float32's range
+_LARGEST = 60.0
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class PerformerConfig:
+    """Sizes of a Performer.
+
+    Attributes:
+        vocab_size, width, layers, heads: V, d, number of blocks, H.
+        ffn: inner width of the feed-forward network.
+        features: M; 0 is K ln K.
+        kernel: ``softmax`` or ``relu``.
+        rope_base: base of the rotation's frequencies.
+        eps: epsilon of the layer norms.
+    """
+
+    vocab_size: int = 256
+    width: int = 160
+    layers: int = 4
+    heads: int = 5
+    ffn: int = 640
+    features: int = 0
+    kernel: str = "softmax"
+    rope_base: float = 10000.0
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        sizes = (self.vocab_size, self.width, self.layers, self.heads, self.ffn)
+        if min(sizes) < 1 or self.features < 0:
+            raise InputError("a Performer size is too small", got=self)
+        if self.width % (2 * self.heads):
+            raise InputError(
+                "the width of a Performer must be an even multiple of its heads", got=(self.width, self.heads)
+            )
+        if self.kernel not in _KERNELS:
+            raise InputError("unknown kernel", got=self.kernel, allowed=", ".join(_KERNELS))
+
+    @property
+    def size(self) -> int:
+        """K."""
+        return self.width // self.heads
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return self.features or max(1, int(self.size * math.log(self.size)))
+
+
+class _Attention(nn.Module):
+    """Projections and features around the recurrence, which the caller runs."""
+
+    directions: Tensor
+
+    def __init__(self, c: PerformerConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.q_proj = nn.Linear(c.width, c.width, bias=False)
+        self.k_proj = nn.Linear(c.width, c.width, bias=False)
+        self.v_proj = nn.Linear(c.width, c.width, bias=False)
+        self.o_proj = nn.Linear(c.width, c.width)
+        self.register_buffer("directions", torch.zeros(c.count, c.size))
+
+    def terms(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """phi(q), phi(k) ``[B,T,H,M]`` and v with a column of ones ``[B,T,H,K+1]``, of ``x [B,T,d]``."""
+        q, k, v = (
+            torch.unflatten(p(x), -1, (self.c.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+        return self.features(_rotate(q, rope), True), self.features(_rotate(k, rope), False), v
+
+    def features(self, x: Tensor, query: bool) -> Tensor:
+        """phi of ``x [B,T,H,K]``, but for a factor: of each query, and one for all keys."""
+        x = x * self.c.size**-0.25
+        along = x @ self.directions.t()
+        if self.c.kernel == "relu":
+            return F.relu(along) + 1e-3
+        exponent = along - x.square().sum(-1, keepdim=True) * 0.5
+        if query:
+            return (exponent - exponent.amax(-1, keepdim=True)).exp()
+        largest = self.directions.square().sum(-1).amax(-1) * 0.5
+        return (exponent - (largest - _LARGEST).clamp(min=0)).exp()
+
+    def finish(self, o: Tensor) -> Tensor:
+        """The layer's output from sums over values and features ``o [B,T,H,K+1]``."""
+        # where every key is so long that all its features are zero there is nothing to average: 0, not NaN
+        y: Tensor = self.o_proj((o[..., :-1] / (o[..., -1:] + _TINY)).flatten(-2))
+        return y
+
+
+class _Block(nn.Module):
+    def __init__(self, c: PerformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(c.width, c.eps)
+        self.attention = _Attention(c)
+        self.ffn_norm = nn.LayerNorm(c.width, c.eps)
+        self.fc1 = nn.Linear(c.width, c.ffn)
+        self.fc2 = nn.Linear(c.ffn, c.width)
+
+    def ffn(self, x: Tensor) -> Tensor:
+        """``x`` with the feed-forward network's output added."""
+        y: Tensor = self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
+        return x + y
+
+
+class Performer(nn.Module):
+    """The chunk form: ``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)``."""
+
+    max_tokens: int | None = None
+    turns: Tensor
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, config.eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.register_buffer("turns", torch.tensor(_turns(config), dtype=torch.int64))
+
+    def state_spec(self) -> list[StateSpec]:
+        """The sums per layer, then the position."""
+        c = self.config
+        shape = ("B", c.heads, c.count, c.size + 1)
+        specs = [StateSpec(f"layers.{i}.sums", shape) for i in range(c.layers)]
+        return [*specs, StateSpec("position", (1,), "int64")]
+
+    def blocks(self) -> list[_Block]:
+        """The blocks in their order."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        c = self.config
+        *sums, position = state
+        batch, length = tokens.shape
+        rope = self.angles(position + torch.arange(length, device=tokens.device))
+        x = self.embed(tokens)
+        decay = x.new_zeros(batch, length, c.heads)
+        after = []
+        for block, before in zip(self.blocks(), sums, strict=True):
+            q, k, v = (y.flatten(-2) for y in block.attention.terms(block.attention_norm(x), rope))
+            o, now = linear_attention(q, k, v, before, decay, c.heads, c.heads, 1.0, "gated")
+            after.append(now)
+            x = block.ffn(x + block.attention.finish(torch.unflatten(o, -1, (c.heads, -1))))
+        return self.head(self.norm(x)), *after, position + length
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[T,1,K/2]`` of the rotation at int64 positions ``[T]``: exact, as RetNet's."""
+        phase = (positions[:, None, None] * self.turns) % _TURN
+        angle = phase.to(self.norm.weight.dtype) * (2 * math.pi / _TURN)
+        return angle.cos(), angle.sin()
+
+
+class PerformerTrain(Performer):
+    """The training form: ``forward(tokens [B,T]) -> logits [B,T,V]``, differentiable, in chunks."""
+
+    def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:  # type: ignore[override]
+        rope = self.angles(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.embed(tokens)
+        for block in self.blocks():
+            q, k, v = (y.transpose(1, 2) for y in block.attention.terms(block.attention_norm(x), rope))
+            o = linear_attention_parallel(q, k, v, None, 1.0)
+            x = block.ffn(x + block.attention.finish(o.transpose(1, 2)))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (i, i + K/2) of the last axis."""
+    cos, sin = rope
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def _turns(c: PerformerConfig) -> list[int]:
+    """The rotation's frequencies base^(-2i/K) in units of 2^-32 turns a token."""
+    rates = [c.rope_base ** (-2 * i / c.size) for i in range(c.size // 2)]
+    return [round(r / (2 * math.pi) * _TURN) for r in rates]
+
+
+def _directions(count: int, size: int, rng: torch.Generator) -> Tensor:
+    """Random directions ``[M,K]``: orthogonal in blocks of K, as long as Gaussian vectors (section 2.4)."""
+    gaussian = torch.randn(-(-count // size), size, size, generator=rng, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    # the signs make them uniform among the orthogonal matrices; as LAPACK leaves them they are not
+    rows = (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).flatten(0, 1)
+    lengths = torch.randn(count, size, generator=rng, dtype=torch.float64).norm(dim=1, keepdim=True)
+    made: Tensor = rows[:count] * lengths
+    return made.float()
+
+
+def _init(module: nn.Module, seed: int) -> None:
+    """Fill a Performer (either form) with weights to train from, and draw its features.
+
+    Projections that read the residual stream have the variance 1/fan_in, those that write to it are smaller
+    by sqrt(2 * layers); the head starts small.
+    """
+    assert isinstance(module, Performer)
+    c, rng = module.config, torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.ndim < 2:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            std = p.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "fc2.weight")):
+                std *= (2 * c.layers) ** -0.5
+            elif name == "embed.weight":
+                std = 0.5
+            elif name == "head.weight":
+                std *= 0.25
+            p.copy_(torch.randn(p.shape, generator=rng) * std)
+        for block in module.blocks():
+            block.attention.directions.copy_(_directions(c.count, c.size, rng))
+        module.turns.copy_(torch.tensor(_turns(c), dtype=torch.int64, device="cpu"))
+
+
+def _from_training(config: PerformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two forms have the same parameters and features; the constant table is made anew."""
+    table = torch.tensor(_turns(config), dtype=torch.int64, device="cpu")
+    return {**{k: v.detach() for k, v in tensors.items()}, "turns": table}
+
+
+def _recognise(raw: RawCheckpoint) -> str | None:
+    if raw.metadata.get("xexport.family") == "performer":
+        return "its metadata says it is a Performer that xexport trained"
+    return None
+
+
+def _load(raw: RawCheckpoint) -> LoadedModel:
+    config = own_config(raw, "performer", PerformerConfig)
+    if config is None:
+        raise CheckpointError(
+            "this is not a Performer checkpoint that can be read",
+            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
+            allowed="a safetensors file from xexport's own training",
+            fix="published Performers look ahead in their keys' normaliser: they can't be streamed",
+        )
+    with torch.device("meta"):
+        wanted = Performer(config)
+    tensors = match_tensors(_from_training(config, raw.tensors), wanted, raw.path.name)
+    return LoadedModel("performer", config, tensors, source=str(raw.path))
+
+
+FAMILY = Family(
+    name="performer",
+    title="Performer: causal FAVOR+ attention (arXiv 2009.14794)",
+    sources=("https://arxiv.org/abs/2009.14794", "https://github.com/google-research/google-research"),
+    config=PerformerConfig,
+    presets={
+        "tiny": PerformerConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48),
+        "tiny-relu": PerformerConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48, kernel="relu"),
+        "zoo": PerformerConfig(),
+        # the paper's protein model: appendix A.3 of [1]
+        "trembl": PerformerConfig(vocab_size=30, width=512, layers=36, heads=8, ffn=1024, features=256),
+    },
+    build=Performer,
+    load=_load,
+    recognise=_recognise,
+    train_form=PerformerTrain,
+    from_training=_from_training,
+    init=_init,
+    roles=(
+        ("embed.*", "embedding"),
+        ("head.*", "head"),
+        ("turns", "other"),
+        ("*norm.*", "norm"),
+        ("*.directions", "filter"),
+        ("*_proj.weight", "projection"),
+        ("*.fc?.weight", "projection"),
+        ("*.bias", "norm"),
+    ),
+    state_note="one matrix of features and values a head and layer, and the position: constant",
+)
