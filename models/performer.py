@@ -42,7 +42,7 @@ from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
-from xexport.ops.linear_attention.parallel import linear_attention_parallel
+from xexport.ops.linear_attention.parallel import gated_parallel
 from xexport.ops.linear_attention.reference import linear_attention
 
 __all__ = ["FAMILY", "Performer", "PerformerConfig", "PerformerTrain"]
@@ -208,12 +208,14 @@ class PerformerTrain(Performer):
     """The training form: ``forward(tokens [B,T]) -> logits [B,T,V]``, differentiable, in chunks."""
 
     def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:  # type: ignore[override]
+        c = self.config
         rope = self.angles(torch.arange(tokens.shape[1], device=tokens.device))
         x = self.embed(tokens)
         for block in self.blocks():
-            q, k, v = (y.transpose(1, 2) for y in block.attention.terms(block.attention_norm(x), rope))
-            o = linear_attention_parallel(q, k, v, None, 1.0)
-            x = block.ffn(x + block.attention.finish(o.transpose(1, 2)))
+            q, k, v = block.attention.terms(block.attention_norm(x), rope)
+            empty = x.new_zeros(x.shape[0], c.heads, c.count, c.size + 1)
+            o, _ = gated_parallel(q, k, v, empty, x.new_zeros(q.shape[:3]))
+            x = block.ffn(x + block.attention.finish(o))
         logits: Tensor = self.head(self.norm(x))
         return logits
 

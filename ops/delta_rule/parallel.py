@@ -34,8 +34,9 @@ def delta_rule_parallel(
         the output ``[B,T,H,V]`` and the state after the last token.
     """
     outs: list[Tensor] = []
-    rows = (q * scale, k, v, decay.unsqueeze(-1), beta.unsqueeze(-1))
-    for qc, kc, vc, g, rate in zip(*(x.transpose(1, 2).split(_CHUNK, 2) for x in rows), strict=True):
+    terms = (q * scale, k, v, decay.unsqueeze(-1), beta.unsqueeze(-1))
+    rows = (torch.split(x.transpose(1, 2), _CHUNK, 2) for x in terms)
+    for qc, kc, vc, g, rate in zip(*rows, strict=True):
         running = g.cumsum(2)
         total = running[:, :, -1:]
         fade = (running - running.mT).clamp(max=0).exp()

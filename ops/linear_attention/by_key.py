@@ -1,8 +1,8 @@
 """The gated rule with one decay a key in chunks: differentiable, the form to train GLA with.
 
-The formula of parallel.py with ``g [K]`` a token: the fading is inside the sum over keys, so it is written out
-for every pair of tokens of a short chunk (arXiv 2312.06635, section 4.1, without its second level of chunks).
-No exponent is above 0.
+The formula of parallel.py with ``g [K]`` a token: the fading is inside the sum over keys, so it is written
+out for every pair of tokens of a short chunk (arXiv 2312.06635, section 4.1, without its second level of
+chunks). No exponent is above 0.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def gated_by_key_parallel(
         the output ``[B,T,H,V]`` and the state after the last token.
     """
     outs: list[Tensor] = []
-    for parts in zip(*(x.transpose(1, 2).split(_CHUNK, 2) for x in (q * scale, k, v, decay)), strict=True):
-        qc, kc, vc, g = parts
+    rows = (torch.split(x.transpose(1, 2), _CHUNK, 2) for x in (q * scale, k, v, decay))
+    for qc, kc, vc, g in zip(*rows, strict=True):
         running = g.cumsum(2)
         total = running[:, :, -1:]
         fade = (running[:, :, :, None] - running[:, :, None]).clamp(max=0).exp()
