@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -77,14 +76,13 @@ def time_decode(stream: Any, tokens: Any, steps: int, now: Callable[[], float]) 
 
 
 def last_logits_only(stream: Any) -> bool:
-    """Whether this xexport can leave out the logits that a prompt doesn't need."""
-    return "keep" in inspect.signature(stream.feed).parameters
+    """Whether this bundle can leave out the logits that a prompt doesn't need, as llama.cpp does."""
+    return bool(stream.keeps)
 
 
 def time_prefill(stream: Any, tokens: Any, now: Callable[[], float], *, last: bool) -> float:
     """Seconds for one prompt on an empty state; ``last``: logits of its last token alone."""
-    options = {"keep": 1} if last else {}
     stream.reset()
     began = now()
-    stream.feed(tokens, **options)
+    stream.feed(tokens, keep=1 if last else 0)
     return now() - began
