@@ -113,6 +113,7 @@ def measure(model: str, target: str, args: Any) -> dict[str, Any]:
     near, far = found["seconds"]["near"], found["seconds"]["far"]
     ratios = sorted(f / n for f, n in zip(far, near, strict=True))
     rss = [size for _, size in found["rss"]]
+    half = len(rss) // 2
     return {
         "model": model,
         "target": target,
@@ -127,6 +128,7 @@ def measure(model: str, target: str, args: Any) -> dict[str, Any]:
         "rss_near": rss[0],
         "rss_far": rss[-1],
         "rss_growth": max(rss) - rss[0],
+        "rss_late_growth": max(rss[half:]) - rss[half],
         **found,
     }
 
@@ -164,6 +166,7 @@ def main() -> None:
         for target in args.targets:
             rows.append(measure(model, target, args))
             save(args.json, about, rows)
+    # allocators settle in the first chunks; what still grows in the second half of the way is a leak
     columns = [
         "model",
         "target",
@@ -173,11 +176,13 @@ def main() -> None:
         "5-95%",
         "RSS MiB",
         "growth MiB",
+        "in the 2nd half",
     ]
     lines = []
     for r in rows:
         spread = "{:.3f}-{:.3f}".format(*r["ratio_5_95"])
         sizes = [f"{r['rss_near'] / _MiB:.1f}", f"{r['rss_growth'] / _MiB:.1f}"]
+        sizes.append(f"{r['rss_late_growth'] / _MiB:.1f}")
         lines.append(
             [r["model"], r["target"], r["near_us"], r["far_us"], f"{r['ratio']:.3f}", spread, *sizes]
         )
