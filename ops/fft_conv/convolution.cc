@@ -59,37 +59,66 @@ void CausalConvolution::direct(const ConvolutionTask& task, int64_t row) const {
   for (int64_t t = task.begin; t < task.end; ++t) y[t - task.begin] = loops_.output(u, h, t);
 }
 
-void CausalConvolution::transformed(const Call& call, const ConvolutionTask& task) const {
-  const auto plan = Plan::of(task.end);
-  const int64_t lanes = loops_.lanes, groups = (task.channels + lanes - 1) / lanes;
-  const int64_t floats = plan->size() * 2 * lanes;
-  const Spectrum spectrum = constant_ ? keep(call, task, *plan) : nullptr;
+FilterRows CausalConvolution::filter(const ConvolutionTask& task, const Plan& plan, int64_t group) const {
+  const int64_t first = group * loops_.lanes;
+  return {task.h + first * task.taps, task.taps, std::min(task.taps, plan.size()),
+          std::min<int64_t>(loops_.lanes, task.channels - first)};
+}
 
-  const auto convolve = [&](int64_t batch, int64_t group, const float* values, float* work) {
-    const int64_t row = batch * task.channels + group * lanes;
-    const SignalRows rows = {task.u + row * task.u_stride,
-                             task.u_stride,
-                             task.end,
-                             std::min(lanes, task.channels - group * lanes),
-                             task.y + row * task.y_stride,
-                             task.y_stride,
-                             task.begin};
-    loops_.convolve(plan->tables(), rows, values, work);
-  };
+CausalConvolution::Transform CausalConvolution::transform(const Call& call, const ConvolutionTask& task) const {
+  auto plan = Plan::of(task.end);
+  return {plan, constant_ ? keep(call, task, *plan) : nullptr};
+}
+
+int64_t CausalConvolution::scratch_size(const Transform& transform) const {
+  return transform.plan->size() * 2 * loops_.lanes * (transform.spectrum ? 1 : 2);
+}
+
+void CausalConvolution::convolve(const Plan& plan, const ConvolutionTask& task, int64_t batch, int64_t group,
+                                 const float* values, float* y, float* work) const {
+  const int64_t first = group * loops_.lanes;
+  const SignalRows rows = {task.u + (batch * task.channels + first) * task.u_stride,
+                           task.u_stride,
+                           task.end,
+                           std::min<int64_t>(loops_.lanes, task.channels - first),
+                           y,
+                           task.y_stride,
+                           task.begin};
+  loops_.convolve(plan.tables(), rows, values, work);
+}
+
+void CausalConvolution::group(const Transform& transform, const ConvolutionTask& task, int64_t batch, int64_t group,
+                              float* y, float* work) const {
+  const Plan& plan = *transform.plan;
+  const int64_t floats = plan.size() * 2 * loops_.lanes;
+  if (transform.spectrum) {
+    convolve(plan, task, batch, group, transform.spectrum.get() + group * floats, y, work);
+    return;
+  }
+  loops_.transform(plan.tables(), filter(task, plan, group), work);
+  convolve(plan, task, batch, group, work, y, work + floats);
+}
+
+void CausalConvolution::transformed(const Call& call, const ConvolutionTask& task) const {
+  const Transform how = transform(call, task);
+  const int64_t lanes = loops_.lanes, groups = (task.channels + lanes - 1) / lanes;
+  const auto row = [&](int64_t b, int64_t g) { return task.y + (b * task.channels + g * lanes) * task.y_stride; };
+  const auto floats = static_cast<size_t>(scratch_size(how));
   const double work = static_cast<double>(task.batch * task.channels) * static_cast<double>(task.end) * 20;
-  if (spectrum) {
+  if (how.spectrum) {
     call.parallel(task.batch * groups, work, [&](int64_t unit) {
-      const int64_t group = unit % groups;
-      convolve(unit / groups, group, spectrum.get() + group * floats, scratch(static_cast<size_t>(floats)));
+      const int64_t b = unit / groups, g = unit % groups;
+      group(how, task, b, g, row(b, g), scratch(floats));
     });
     return;
   }
-  call.parallel(groups, 2 * work, [&](int64_t group) {
-    float* values = scratch(static_cast<size_t>(2 * floats));
-    const FilterRows rows = {task.h + group * lanes * task.taps, task.taps, std::min(task.taps, plan->size()),
-                             std::min(lanes, task.channels - group * lanes)};
-    loops_.transform(plan->tables(), rows, values);
-    for (int64_t b = 0; b < task.batch; ++b) convolve(b, group, values, values + floats);
+  // the sequences of a batch share a group's spectrum
+  call.parallel(groups, 2 * work, [&](int64_t g) {
+    float* values = scratch(floats);
+    loops_.transform(how.plan->tables(), filter(task, *how.plan, g), values);
+    for (int64_t b = 0; b < task.batch; ++b) {
+      convolve(*how.plan, task, b, g, values, row(b, g), values + how.plan->size() * 2 * lanes);
+    }
   });
 }
 
@@ -116,9 +145,7 @@ CausalConvolution::Spectrum CausalConvolution::keep(const Call& call, const Conv
   if (!spectrum) return nullptr;
   const double work = static_cast<double>(task.channels) * static_cast<double>(plan.size()) * 10;
   call.parallel(groups, work, [&](int64_t group) {
-    const FilterRows rows = {task.h + group * lanes * task.taps, task.taps, std::min(task.taps, plan.size()),
-                             std::min(lanes, task.channels - group * lanes)};
-    loops_.transform(plan.tables(), rows, spectrum.get() + group * floats);
+    loops_.transform(plan.tables(), filter(task, plan, group), spectrum.get() + group * floats);
   });
   const std::lock_guard<std::mutex> lock(mutex_);
   if (Spectrum earlier = kept(plan.size())) return earlier;  // another call was faster

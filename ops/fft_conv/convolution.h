@@ -34,13 +34,29 @@ class CausalConvolution {
   // All rows, by transforms.
   void transformed(const Call& call, const ConvolutionTask& task) const;
 
- private:
+  // The same a group of rows at a time: as many channels as there are lanes.
   using Spectrum = std::shared_ptr<float>;
+  struct Transform {
+    std::shared_ptr<const Plan> plan;
+    Spectrum spectrum;  // of all channels, or null: then every group makes its own
+  };
+  Transform transform(const Call& call, const ConvolutionTask& task) const;
+  int64_t lanes() const { return loops_.lanes; }
+  // Floats that `group` works in.
+  int64_t scratch_size(const Transform& transform) const;
+  // Channels group * lanes() ... of sequence `batch`, to `y`, whose rows lie task.y_stride apart.
+  void group(const Transform& transform, const ConvolutionTask& task, int64_t batch, int64_t group, float* y,
+             float* work) const;
+
+ private:
   struct Kept {
     int64_t size;
     Spectrum spectrum;
   };
 
+  void convolve(const Plan& plan, const ConvolutionTask& task, int64_t batch, int64_t group, const float* values,
+                float* y, float* work) const;
+  FilterRows filter(const ConvolutionTask& task, const Plan& plan, int64_t group) const;
   Spectrum kept(int64_t size) const;
   Spectrum keep(const Call& call, const ConvolutionTask& task, const Plan& plan) const;
 
