@@ -15,6 +15,7 @@ import onnx_ir as ir
 from xexport.core.manifest import Appended
 from xexport.core.op import OpSpec
 from xexport.core.registry import get_op, op_names
+from xexport.exporter.trace import output_name
 
 __all__ = ["appended_states"]
 
@@ -23,18 +24,19 @@ def appended_states(model: ir.Model, names: Sequence[str]) -> dict[str, Appended
     """State name -> how it is appended to, for the states where that is all that happens to it.
 
     Args:
-        names: the state tensors; the graph's inputs after the tokens, and outputs after the logits, are
-            their old and new values in this order.
+        names: the state tensors, as :func:`trace` names the graph's inputs and outputs.
     """
     specs = {(s.domain, s.graph_name): s for s in map(get_op, op_names()) if s.appends}
-    states = model.graph.inputs[-len(names) :] if names else []
-    news = model.graph.outputs[-len(names) :] if names else []
+    olds = {v.name: v for v in model.graph.inputs}
+    news = {v.name: v for v in model.graph.outputs}
+    states = {olds[name]: name for name in names}
     found = {}
-    for name, old, new in zip(names, states, news, strict=True):
+    for old, name in states.items():
+        new = news[output_name(name)]
         node = new.producer()
         spec = specs.get((node.domain, node.op_type)) if node is not None else None
         if node is not None and spec is not None:
-            appended = _appended(node, spec, old, new, dict(zip(states, names, strict=True)))
+            appended = _appended(node, spec, old, new, states)
             if appended is not None:
                 found[name] = appended
     return found

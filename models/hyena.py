@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ from xexport.core.state import StateSpec
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
+from xexport.ops.hyena_conv.reference import hyena_conv
 
 __all__ = ["FAMILY", "Hyena", "HyenaConfig", "HyenaTrain"]
 
@@ -146,10 +147,9 @@ class _Mixer(nn.Module):
         self.conv_bias = nn.Parameter(torch.zeros(inner))
         self.filter_skip = nn.Parameter(torch.zeros(c.order - 1, c.width))
 
-    def projected(self, x: Tensor, before: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The N+1 short-convolved projections of ``x [B,T,d]``, and the last two projections."""
-        z, after = causal_conv1d(self.in_proj(x), self.conv_weight, self.conv_bias, before)
-        return torch.split(z, self.c.width, -1), after
+    def projected(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """The N+1 short-convolved projections of ``x [B,T,d]`` side by side, and the last two projections."""
+        return causal_conv1d(self.in_proj(x), self.conv_weight, self.conv_bias, before)
 
 
 class _Block(nn.Module):
@@ -216,21 +216,35 @@ class Hyena(_Stack):
 
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         c = self.config
-        n1, n2 = fft_sizes(c.max_tokens)
-        position, after = state[-1], []
+        position = state[-1]
+        after: list[Tensor] = []
         x = self.embed(tokens)
         for i, layer in enumerate(self._blocks()):
             short, *caches = state[i * c.order : (i + 1) * c.order]
-            (out, *gates, v), now = layer.hyena.projected(layer.hyena_norm(x), short)
-            after.append(now)
-            for j, gate in enumerate(reversed(gates)):
-                z = gate * v
-                y, cache = fft_conv_cached(z.transpose(1, 2), layer.filters[j], caches[j], position, n1, n2)
-                v = y.transpose(1, 2) + z * layer.hyena.filter_skip[j]
-                after.append(cache)
-            x = layer.mlp(x + layer.hyena.out_proj(out * v))
+            packed, now = layer.hyena.projected(layer.hyena_norm(x), short)
+            mixed, caches = self._mixed(layer, packed, caches, position)
+            after += [now, *caches]
+            x = layer.mlp(x + layer.hyena.out_proj(mixed))
         logits: Tensor = self.head(self.norm(x))
         return logits, *after, position + tokens.shape[1]
+
+    def _mixed(
+        self, layer: _Block, packed: Tensor, caches: Sequence[Tensor], position: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gates and long convolutions of ``packed [B,T,(N+1)d]``: ``[B,T,d]`` and the new caches."""
+        n1, n2 = fft_sizes(self.config.max_tokens)
+        skip = layer.hyena.filter_skip
+        if self.config.order == 2:  # one operator
+            mixed, cache = hyena_conv(packed, layer.filters[0], skip[0], caches[0], position, n1, n2)
+            return mixed, [cache]
+        out, *gates, v = torch.split(packed, self.config.width, -1)
+        after = []
+        for j, gate in enumerate(reversed(gates)):
+            z = gate * v
+            y, cache = fft_conv_cached(z.transpose(1, 2), layer.filters[j], caches[j], position, n1, n2)
+            v = y.transpose(1, 2) + z * skip[j]
+            after.append(cache)
+        return out * v, after
 
 
 class HyenaTrain(_Stack):
@@ -248,7 +262,8 @@ class HyenaTrain(_Stack):
         x = self.embed(tokens)
         empty = x.new_zeros(x.shape[0], 2, (c.order + 1) * c.width)
         for layer in self._blocks():
-            (out, *gates, v), _ = layer.hyena.projected(layer.hyena_norm(x), empty)
+            packed, _ = layer.hyena.projected(layer.hyena_norm(x), empty)
+            out, *gates, v = torch.split(packed, c.width, -1)
             filters = layer.filters(tokens.shape[1])
             for j, gate in enumerate(reversed(gates)):
                 z = gate * v

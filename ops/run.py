@@ -10,6 +10,7 @@ import onnx
 from onnx import helper
 
 from xexport.core.op import DOMAIN, OpSpec
+from xexport.core.registry import get_op
 
 __all__ = ["op_model", "run_body"]
 
@@ -30,7 +31,10 @@ def op_model(
     functions: Sequence[onnx.FunctionProto] = (),
     constant: Sequence[str] = (),
 ) -> onnx.ModelProto:
-    """A one-node model of ``spec`` with its body ``variant``; ``constant`` inputs become initializers."""
+    """A one-node model of ``spec`` with its body ``variant``; ``constant`` inputs become initializers.
+
+    Operators that the body calls get their default bodies.
+    """
     from onnx import numpy_helper
 
     infos = [
@@ -47,10 +51,11 @@ def op_model(
     inits = [numpy_helper.from_array(np.asarray(inputs[n]), n) for n in constant]
     graph = helper.make_graph([node], spec.name, infos, outs, inits)
     body = spec.bodies[variant].build(opset)
+    called = [next(iter(get_op(name).bodies.values())).build(opset) for name in spec.depends]
     domains = {"": opset, DOMAIN: 1, spec.domain: 1}
     return helper.make_model(
         graph,
-        functions=[body, *functions],
+        functions=[body, *called, *functions],
         opset_imports=[helper.make_opsetid(d, v) for d, v in domains.items()],
         ir_version=10,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from exported import Exporter
 from onnx import helper, numpy_helper
 from tolerances import TOLERANCES
@@ -67,6 +69,29 @@ def test_a_caches_only_use_is_recorded(exporter: Exporter) -> None:
         state = xexport.load(exporter(family, "cpu-fp32")).manifest.state
         assert {s.name for s in state if s.appended is not None} == names
         assert all(s.appended in (None, APPENDED) for s in state)
+
+
+def test_a_hyena_of_order_two_is_one_operator_with_its_cache_in_place(
+    native: Path, exporter: Exporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel in place, in two buffers, and its body without any kernel, give the same."""
+    from xexport.models.hyena import FAMILY, Hyena
+
+    torch.manual_seed(0)
+    module = Hyena(dataclasses.replace(FAMILY.presets["tiny"], order=2))
+    assert FAMILY.init is not None
+    FAMILY.init(module, 0)
+    folder = exporter.export(module, "cpu-fp32", tmp_path / "two")
+    engine = xexport.load(folder).engine(threads=1)
+    assert "hyena_conv" in {low.op for low in engine.manifest.lowerings}
+    assert engine.in_place() == {"layers.0.cache.0", "layers.1.cache.0"}
+    want = run(engine.cell(2))
+    for got, twin in zip(run(OrtCell(engine.session, engine.manifest, 2)), want, strict=True):
+        np.testing.assert_array_equal(got, twin)
+    monkeypatch.setenv("XEXPORT_NATIVE", "0")
+    for got, twin in zip(run(xexport.load(folder).engine(threads=1).cell(2)), want, strict=True):
+        scale = max(1.0, float(np.abs(twin).max()))
+        assert float(np.abs(got - twin).max()) / scale < TOLERANCES["model_fp32"]
 
 
 def graph(change: str = "") -> ir.Model:
@@ -188,7 +213,7 @@ def test_a_failed_run_leaves_the_state_alone(native: Path, bad: list[list[int]])
         StateTensor("cache", "cache.out", "float32", ("B", 1, LENGTH), 0.0, APPENDED),
         StateTensor("position", "position.out", "int64", (1,), 0.0),
     )
-    manifest: Any = SimpleNamespace(state=state, model=SimpleNamespace(vocab_size=4))
+    manifest: Any = SimpleNamespace(state=state, inputs=(), model=SimpleNamespace(vocab_size=4))
     cell = OrtCell(session, manifest, 1, {"cache"})
     written = cell.buffers.present["cache"]
     cell.run(np.array([[1, 2, 3]]))

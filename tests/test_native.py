@@ -24,6 +24,7 @@ from xexport.core.registry import get_op
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
+from xexport.ops.hyena_conv.reference import hyena_conv
 from xexport.ops.run import run_body
 from xexport.ops.selective_scan.reference import selective_scan
 from xexport.ops.wkv7.reference import wkv7
@@ -96,10 +97,10 @@ def _model(
     ]
     inits = [numpy_helper.from_array(x[n], n) for n in constant]
     graph = helper.make_graph(nodes, name, inputs, outputs, inits)
-    body = next(iter(spec.bodies.values())).build(23)
+    bodies = [next(iter(s.bodies.values())).build(23) for s in (spec, *map(get_op, spec.depends))]
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
     model: bytes = helper.make_model(
-        graph, functions=[body], opset_imports=opsets, ir_version=10
+        graph, functions=bodies, opset_imports=opsets, ir_version=10
     ).SerializeToString()
     return model
 
@@ -165,6 +166,13 @@ def cached_inputs(B: int, D: int, L: int, T: int, pos: int, seed: int = 0) -> Ar
     x = conv_inputs(B, D, L, T, seed)
     cache = np.random.default_rng((seed, pos)).standard_normal((B, D, L)).astype(np.float32)
     return x | {"cache": cache, "pos": np.array([pos])}
+
+
+def hyena_inputs(B: int, D: int, L: int, T: int, pos: int, seed: int = 0) -> Arrays:
+    x = cached_inputs(B, D, L, T, pos, seed)
+    rng = np.random.default_rng((seed, T))
+    shapes = {"packed": (B, T, 3 * D), "h": None, "skip": (D,), "cache": None, "pos": None}
+    return {n: x[n] if s is None else rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
 
 
 def short_inputs(B: int, T: int, D: int, K: int, seed: int = 0) -> Arrays:
@@ -281,6 +289,32 @@ def test_silu_of_any_number(library: Path, isa: str) -> None:
     np.testing.assert_allclose(y[:, ~far], want[:, ~far], rtol=TOLERANCES["native_exp"])
 
 
+@settings(max_examples=25, deadline=None)
+@given(B=dims, D=st.integers(1, 70), L=st.integers(1, 300), data=st.data(), constant=st.booleans())
+def test_hyena_conv_three_ways(
+    library: Path, B: int, D: int, L: int, data: st.DataObject, constant: bool
+) -> None:
+    T = data.draw(st.one_of(st.just(1), st.integers(1, L)))
+    x = hyena_inputs(B, D, L, T, data.draw(st.integers(0, L - T)))
+    want = reference(hyena_conv, x, *fft_sizes(L))
+    got = kernel("hyena_conv", x, library, constant=("h", "skip") if constant else (), **sizes(L))
+    body = run_body(get_op("hyena_conv"), x, "gated", attributes=sizes(L))
+    assert error(got[0], want[0]) <= TOLERANCES["op_fp32"]
+    assert error(body[0], want[0]) <= TOLERANCES["op_fp32"]
+    for cache in (got[1], body[1]):
+        np.testing.assert_array_equal(cache, want[1])
+
+
+@pytest.mark.parametrize(("T", "pos"), [(1, 0), (1, 299), (15, 3), (16, 0), (40, 0), (299, 1), (300, 0)])
+@pytest.mark.parametrize("D", [9, 40, 64])
+def test_hyena_conv_on_every_instruction_set(library: Path, isa: str, T: int, pos: int, D: int) -> None:
+    x = hyena_inputs(2, D, 300, T, pos)
+    got = kernel("hyena_conv", x, library, isa, **sizes(300))
+    want = reference(hyena_conv, x, *fft_sizes(300))
+    assert error(got[0], want[0]) <= TOLERANCES["op_fp32"]
+    np.testing.assert_array_equal(got[1], want[1])
+
+
 @pytest.mark.parametrize("T", [1, 2, 5, 6, 33])
 @pytest.mark.parametrize("N", [7, 16, 32, 64, 72])
 def test_wkv7_on_every_instruction_set(library: Path, isa: str, T: int, N: int) -> None:
@@ -321,6 +355,7 @@ CASES: dict[str, tuple[Arrays, dict[str, int]]] = {
     "fft_conv": (conv_inputs(2, 40, 900, 900), sizes(900)),
     "fft_conv_cached": (cached_inputs(2, 40, 900, 700, 100), sizes(900)),
     "causal_conv1d": (short_inputs(2, 300, 300, 4), {"channels": 300, "silu": 1}),
+    "hyena_conv": (hyena_inputs(2, 40, 900, 700, 100), sizes(900)),
 }
 
 
@@ -337,6 +372,8 @@ def _stateful(name: str, T: int) -> tuple[Arrays, dict[str, int], Any, tuple[int
     """Inputs and attributes of an operator with state, its reference and that one's last arguments."""
     if name == "fft_conv_cached":
         return cached_inputs(2, 3, 50, T, 10), sizes(50), fft_conv_cached, fft_sizes(50)
+    if name == "hyena_conv":
+        return hyena_inputs(2, 3, 50, T, 10), sizes(50), hyena_conv, fft_sizes(50)
     if name == "causal_conv1d":
         x = short_inputs(2, T, 9, 4)
         return x, short_attributes(x, True), partial(causal_conv1d, silu=True), ()
@@ -345,7 +382,7 @@ def _stateful(name: str, T: int) -> tuple[Arrays, dict[str, int], Any, tuple[int
     return scan_inputs(2, T, 20, 16), {}, selective_scan, ()
 
 
-@pytest.mark.parametrize("name", ["wkv7", "selective_scan", "fft_conv_cached", "causal_conv1d"])
+@pytest.mark.parametrize("name", ["wkv7", "selective_scan", "fft_conv_cached", "causal_conv1d", "hyena_conv"])
 @pytest.mark.parametrize("T", [1, 2, 20])
 def test_state_updated_in_place(library: Path, name: str, T: int) -> None:
     """Two nodes in a row: ONNX Runtime lets the second write its state over the first one's."""
@@ -356,16 +393,16 @@ def test_state_updated_in_place(library: Path, name: str, T: int) -> None:
     assert max(map(error, kernel(name, x, library, times=2, **attributes), want)) <= TOLERANCES["op_fp32"]
 
 
-@pytest.mark.parametrize("name", ["wkv7", "selective_scan", "fft_conv_cached", "causal_conv1d"])
+@pytest.mark.parametrize("name", ["wkv7", "selective_scan", "fft_conv_cached", "causal_conv1d", "hyena_conv"])
 def test_no_tokens_leave_the_state_alone(library: Path, name: str) -> None:
     x, attributes, *_ = _stateful(name, 1)
-    kept = {"state", "cache", "h", "pos", "A", "D", "weight", "bias"}
+    kept = {"state", "cache", "h", "pos", "A", "D", "weight", "bias", "skip"}
     empty = {
         n: a if n in kept else a[..., :0] if name == "fft_conv_cached" else a[:, :0] for n, a in x.items()
     }
     y, state = kernel(name, empty, library, **attributes)
     assert y.size == 0
-    np.testing.assert_array_equal(state, x["cache" if name == "fft_conv_cached" else "state"])
+    np.testing.assert_array_equal(state, x["cache" if "cache" in x else "state"])
 
 
 # Values that are no ordinary numbers
@@ -475,6 +512,9 @@ BAD_SHAPES = {
     ),
     "short-weight": ("causal_conv1d", {"weight": (0, 9)}, "weight must have a tap at least"),
     "short-state": ("causal_conv1d", {"state": (1, 4, 9)}, "state must be float32 [1,3,9]"),
+    "hyena-packed": ("hyena_conv", {"packed": (1, 2, 8)}, "packed must be float32 [any,any,9]"),
+    "hyena-cache": ("hyena_conv", {"cache": (1, 3, 8)}, "cache must be float32 [1,3,9]"),
+    "hyena-wrap": ("hyena_conv", {"h": (3, 90), "cache": (1, 3, 90)}, "a filter of 90, a transform of 32"),
     "cached-pos": ("fft_conv_cached", {"pos": (2,)}, "pos must be int64 [1], got int64 [2]"),
 }
 
@@ -486,6 +526,7 @@ def _small(name: str) -> tuple[Arrays, dict[str, int]]:
         "fft_conv": (conv_inputs(1, 3, 9, 9), sizes(9)),
         "fft_conv_cached": (cached_inputs(1, 3, 9, 2, 4), sizes(9)),
         "causal_conv1d": (short_inputs(1, 2, 9, 4), {"channels": 9, "silu": 1}),
+        "hyena_conv": (hyena_inputs(1, 3, 9, 2, 4), sizes(9)),
     }[name]
 
 
@@ -513,11 +554,13 @@ def test_a_missing_attribute_names_the_node(library: Path) -> None:
         kernel("fft_conv", x, library, n1=8)
 
 
+@pytest.mark.parametrize("name", ["fft_conv_cached", "hyena_conv"])
 @pytest.mark.parametrize(("T", "pos"), [(1, 9), (4, 6), (1, -1), (2, 2**62)])
-def test_a_stream_longer_than_the_filter_is_refused(library: Path, T: int, pos: int) -> None:
-    x = cached_inputs(1, 3, 9, T, 0) | {"pos": np.array([pos])}
+def test_a_stream_longer_than_the_filter_is_refused(library: Path, name: str, T: int, pos: int) -> None:
+    inputs = cached_inputs if name == "fft_conv_cached" else hyena_inputs
+    x = inputs(1, 3, 9, T, 0) | {"pos": np.array([pos])}
     with pytest.raises(Exception, match="'mixer0': a stream is longer than the filter"):
-        kernel("fft_conv_cached", x, library, **sizes(9))
+        kernel(name, x, library, **sizes(9))
 
 
 def test_an_unknown_instruction_set_is_refused_by_name(

@@ -19,7 +19,9 @@ def _gated(opset: int) -> onnx.FunctionProto:
     x0, x1, v = g.multi("Split", "packed", outs=3, axis=2, num_outputs=3)
     z = g.op("Mul", x1, v)
     rows = g.op("Transpose", z, perm=[0, 2, 1])
-    y, _ = g.multi("fft_conv_cached", rows, "h", "cache", "pos", outs=[g.fresh("y"), "new_cache"], domain=DOMAIN)
+    y, _ = g.multi(
+        "fft_conv_cached", rows, "h", "cache", "pos", outs=[g.fresh("y"), "new_cache"], domain=DOMAIN
+    )
     for name in _ATTRIBUTES:
         handed = g.nodes[-1].attribute.add()
         handed.name, handed.ref_attr_name, handed.type = name, name, onnx.AttributeProto.INT

@@ -1,8 +1,7 @@
 // xexport::hyena_conv: (packed [B,T,3D], h [D,L], skip [D], cache [B,D,L], pos [1]; n1, n2)
 //                      -> (y [B,T,D], new_cache [B,D,L]), pos + T <= L.
-// The definition is reference.py. A unit of work is a block of channels of a sequence: gate the inputs on their
-// way into the cache's rows, convolve these, and gate the results on their way back, while they are in a cache
-// of the processor.
+// The definition is reference.py. Some channels of a sequence at a time: the inputs are gated on their way into
+// the cache's rows, these are convolved, and the results are gated on their way back.
 #include <algorithm>
 #include <cstring>
 
@@ -46,33 +45,29 @@ class HyenaConv {
     float* y = call.output(0, shape, 3).floats();
     float* after = call.output(1, cache.dim, 3).floats();
 
-    const int64_t blocks = (D + kChannels - 1) / kChannels, stride = T + kPadding;
-    const ConvolutionTask task = {after, L, h.floats(), L, nullptr, stride, B, D, begin, end};
+    const ConvolutionTask task = {after, L, h.floats(), L, nullptr, T + kPadding, B, D, begin, end};
     const bool direct = T == 0 || convolution_.is_direct(begin, end);
     const auto how = direct ? CausalConvolution::Transform{} : convolution_.transform(call, task);
-    const auto floats = static_cast<size_t>(kChannels * stride + (direct ? 0 : convolution_.scratch_size(how)));
-    const auto outputs = static_cast<double>(B * D) * static_cast<double>(T);
-    const double copied = after == cache.floats() ? 0 : static_cast<double>(B * D) * static_cast<double>(L) / 4;
-    const double work = copied + outputs * (direct ? static_cast<double>(end) / 4 : 30);
-    call.parallel(B * blocks, work, [&](int64_t unit) {
-      const int64_t b = unit / blocks, first = unit % blocks * kChannels, count = std::min(kChannels, D - first);
-      const int64_t row = b * D + first;
-      if (after != cache.floats()) copy(cache.floats(), after, row, count, begin, end, L);
-      float* convolved = scratch(floats);
-      const GatedChannels gated = {packed.floats() + b * T * 3 * D + first, skip.floats() + first,
-                                   after + row * L + begin,                 convolved,
-                                   y + b * T * D + first,                   D,
-                                   T,                                       count,
-                                   L,                                       stride};
-      gates_.enter(gated);
-      convolve(how, task, b, first, count, convolved);
-      gates_.leave(gated);
-    });
+    for (int64_t b = 0; b < B; ++b) {
+      if (after != cache.floats()) copy(call, cache.floats() + b * D * L, after + b * D * L, D, begin, end, L);
+      for (int64_t first = 0; first < D; first += kChannels) {
+        const int64_t count = std::min(kChannels, D - first), row = b * D + first;
+        const GatedChannels gated = {packed.floats() + b * T * 3 * D + first, skip.floats() + first,
+                                     after + row * L + begin,                 nullptr,
+                                     y + b * T * D + first,                   D,
+                                     T,                                       count,
+                                     L,                                       task.y_stride};
+        channels(call, how, task, gated, b, first);
+      }
+    }
   }
 
  private:
-  static constexpr int64_t kChannels = 32;  // whole groups of every instruction set; 128 bytes of a token
-  static constexpr int64_t kPadding = 16;   // between rows, so that those of a power of two don't collide
+  // At a time: few enough that what lies between the passes stays in a cache of the processor, enough that a
+  // token's are read in long pieces. Whole groups of every instruction set.
+  static constexpr int64_t kChannels = 256;
+  static constexpr int64_t kPadding = 16;  // between rows, so that those of a power of two don't collide
+  static constexpr int64_t kTokens = 64;   // of a unit of gating
 
   void check(int64_t begin, int64_t T, int64_t L) const {
     // T is at most a tensor's length, so the comparison can't overflow
@@ -85,33 +80,58 @@ class HyenaConv {
     }
   }
 
-  // Channels first .. first + count - 1 to the rows of `convolved`, behind which there is room to work in.
-  void convolve(const CausalConvolution::Transform& how, const ConvolutionTask& task, int64_t b, int64_t first,
-                int64_t count, float* convolved) const {
+  // Some channels of a sequence: in through the gate, convolved, and out through the other one.
+  void channels(const Call& call, const CausalConvolution::Transform& how, const ConvolutionTask& task,
+                GatedChannels gated, int64_t b, int64_t first) const {
+    const int64_t count = gated.channels, length = gated.tokens, blocks = (length + kTokens - 1) / kTokens;
+    const double size = static_cast<double>(count) * static_cast<double>(length);
+    call.parallel(blocks, 2 * size, [&](int64_t block) { gates_.enter(tokens(gated, block)); });
+    float* convolved = scratch(static_cast<size_t>(count * task.y_stride), 1);
     if (!how.plan) {
-      const int64_t row = b * task.channels + first;
-      ConvolutionTask one = task;
-      for (int64_t i = 0; i < count; ++i) {
-        one.u = task.u + (row + i) * task.u_stride;
-        one.h = task.h + (first + i) * task.taps;
-        one.y = convolved + i * task.y_stride;
+      call.parallel(count, size * static_cast<double>(task.end) / 4, [&](int64_t i) {
+        const ConvolutionTask one = {task.u + (b * task.channels + first + i) * task.u_stride,
+                                     task.u_stride,
+                                     task.h + (first + i) * task.taps,
+                                     task.taps,
+                                     convolved + i * task.y_stride,
+                                     task.y_stride,
+                                     1,
+                                     1,
+                                     task.begin,
+                                     task.end};
         convolution_.direct(one, 0);
-      }
-      return;
+      });
+    } else {
+      const int64_t lanes = convolution_.lanes();
+      const auto floats = static_cast<size_t>(convolution_.scratch_size(how));
+      call.parallel((count + lanes - 1) / lanes, 20 * size, [&](int64_t group) {
+        convolution_.group(how, task, b, first / lanes + group, convolved + group * lanes * task.y_stride,
+                           scratch(floats));
+      });
     }
-    const int64_t lanes = convolution_.lanes();
-    for (int64_t i = 0; i < count; i += lanes) {
-      convolution_.group(how, task, b, (first + i) / lanes, convolved + i * task.y_stride,
-                         convolved + kChannels * task.y_stride);
-    }
+    gated.convolved = convolved;
+    call.parallel(blocks, 3 * size, [&](int64_t block) { gates_.leave(tokens(gated, block)); });
   }
 
-  // What the chunk doesn't write of some rows.
-  static void copy(const float* from, float* to, int64_t row, int64_t count, int64_t begin, int64_t end, int64_t L) {
-    for (int64_t i = row * L; i < (row + count) * L; i += L) {
-      std::memcpy(to + i, from + i, static_cast<size_t>(begin) * sizeof(float));
-      std::memcpy(to + i + end, from + i + end, static_cast<size_t>(L - end) * sizeof(float));
-    }
+  // The block'th tokens of some channels.
+  static GatedChannels tokens(GatedChannels x, int64_t block) {
+    const int64_t at = block * kTokens;
+    x.packed += at * 3 * x.width;
+    x.cache += at;
+    x.convolved += x.convolved == nullptr ? 0 : at;
+    x.y += at * x.width;
+    x.tokens = std::min(kTokens, x.tokens - at);
+    return x;
+  }
+
+  // What the chunk doesn't write of a sequence's rows.
+  static void copy(const Call& call, const float* from, float* to, int64_t rows, int64_t begin, int64_t end,
+                   int64_t L) {
+    call.parallel(rows, static_cast<double>(rows * L) / 4, [&](int64_t row) {
+      const int64_t at = row * L;
+      std::memcpy(to + at, from + at, static_cast<size_t>(begin) * sizeof(float));
+      std::memcpy(to + at + end, from + at + end, static_cast<size_t>(L - end) * sizeof(float));
+    });
   }
 
   Node node_;

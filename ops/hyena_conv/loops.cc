@@ -1,6 +1,6 @@
 // Tokens by channels to channels by tokens and back, gated on the way, in tiles that are turned in registers. A
-// cache line of a channel's row is filled or read at once, as rows may lie a power of two apart, where few
-// lines fit the cache.
+// cache line of a row is filled or read at once, as rows may lie a power of two apart, where few lines fit the
+// cache.
 #include "loops.h"
 
 #include "../native/simd.h"
@@ -9,7 +9,7 @@ namespace xexport::XEXPORT_ISA {
 namespace {
 
 constexpr int64_t kLine = 16;  // floats
-constexpr int64_t kTokens = kLanes > kLine ? kLanes : kLine;
+static_assert(kLine % kLanes == 0);
 
 struct Gates {
   const float *x0, *x1, *v;
@@ -65,15 +65,16 @@ void leave_some(const GatedChannels& x, int64_t t, int64_t end, int64_t first) {
 template <void (*Tile)(const GatedChannels&, int64_t, int64_t),
           void (*Some)(const GatedChannels&, int64_t, int64_t, int64_t)>
 void all_tiles(const GatedChannels& x) {
-  const int64_t whole = x.channels / kLanes * kLanes;
-  int64_t t = 0;
-  for (; t + kTokens <= x.tokens; t += kTokens) {
-    for (int64_t c = 0; c < whole; c += kLanes) {
-      for (int64_t part = 0; part < kTokens; part += kLanes) Tile(x, t + part, c);
+  const int64_t whole = x.channels / kLine * kLine, length = x.tokens / kLine * kLine;
+  for (int64_t c = 0; c < whole; c += kLine) {
+    for (int64_t t = 0; t < length; t += kLine) {
+      for (int64_t half = 0; half < kLine; half += kLanes) {
+        for (int64_t part = 0; part < kLine; part += kLanes) Tile(x, t + part, c + half);
+      }
     }
-    Some(x, t, t + kTokens, whole);
   }
-  Some(x, t, x.tokens, 0);
+  Some(x, 0, length, whole);
+  Some(x, length, x.tokens, 0);
 }
 
 void enter(const GatedChannels& x) { all_tiles<enter_tile, enter_some>(x); }

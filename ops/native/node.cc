@@ -150,21 +150,25 @@ void infer_like(ort::ShapeContext* context, size_t from, size_t to, size_t rank)
   if (known == rank) check(ort::kInferOutput(api(), context, to, info));
 }
 
-float* scratch(size_t floats) {
+float* scratch(size_t floats, int which) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local size_t capacity = 0;
-  if (floats > capacity) {
+  struct Slot {
+    std::unique_ptr<float, Free> memory;
+    size_t capacity = 0;
+  };
+  thread_local Slot slots[2];
+  Slot& slot = slots[which];
+  if (floats > slot.capacity) {
     const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
-    memory.reset();
-    capacity = 0;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
-    if (!memory) throw std::bad_alloc();
-    capacity = floats;
+    slot.memory.reset();
+    slot.capacity = 0;
+    slot.memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    if (!slot.memory) throw std::bad_alloc();
+    slot.capacity = floats;
   }
-  return memory.get();
+  return slot.memory.get();
 }
 
 }  // namespace xexport

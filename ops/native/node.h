@@ -106,7 +106,8 @@ class Call {
 void infer_like(ort::ShapeContext* context, size_t from, size_t to, size_t rank);
 
 // Memory of this thread for intermediate results, aligned to a cache line; it grows and is reused, so it is
-// valid until the next call on the same thread only.
-float* scratch(size_t floats);
+// valid until the next call on the same thread only. A kernel whose jobs use it may keep what they share in
+// another one (`which` = 1), as they run on its own thread too.
+float* scratch(size_t floats, int which = 0);
 
 }  // namespace xexport
