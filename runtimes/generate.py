@@ -90,6 +90,7 @@ class Generation(Iterator[str]):
         self._sampler = sampler
         self._rng = np.random.default_rng(seed)
         self._stop_ids, self._stop_texts = _split_stop(stop)
+        self._stop_ids |= tokenizer.end_ids
         self.ids: list[int] = []
         self.stats = GenerationStats()
         self._pieces = self._run()

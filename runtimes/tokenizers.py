@@ -1,7 +1,7 @@
 """Text to token ids and back, read from a bundle; one row a kind, nothing is executed.
 
-``manifest.tokenizer`` is ``{"kind": NAME, ...}``; a new kind is a class and a row in ``_KINDS``.
-Files a kind needs lie in the bundle's folder and are opened through ``core.manifest.safe_path``.
+``manifest.tokenizer`` is ``{"kind": NAME, "file": FILE, "end": [ID, ...]}``; a new kind is a class and a
+row in ``_KINDS``. The file lies in the bundle's folder and is opened through ``core.manifest.safe_path``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from xexport.core.errors import BundleError, InputError
+from xexport.core.manifest import safe_path
 
-__all__ = ["BytesTokenizer", "Decoder", "NoTokenizer", "Tokenizer", "load_tokenizer", "parse_ids"]
+__all__ = [
+    "ByteDecoder",
+    "BytesTokenizer",
+    "Decoder",
+    "NoTokenizer",
+    "Tokenizer",
+    "load_tokenizer",
+    "parse_ids",
+    "utf8",
+]
 
 
 class Decoder(Protocol):
@@ -32,10 +42,14 @@ class Tokenizer(Protocol):
     Attributes:
         kind: the name in the manifest.
         vocab_size: how many ids it knows, or None if it doesn't say.
+        end_ids: ids that end a text: generation stops there.
     """
 
     kind: str
-    vocab_size: int | None
+    end_ids: frozenset[int]
+
+    @property
+    def vocab_size(self) -> int | None: ...
 
     def encode(self, text: str) -> list[int]:
         """Text to ids."""
@@ -52,6 +66,7 @@ class BytesTokenizer:
 
     kind = "bytes"
     vocab_size: int | None = 256
+    end_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of ``text``.
@@ -59,17 +74,14 @@ class BytesTokenizer:
         Raises:
             InputError: the text has lone surrogates, which UTF-8 can't hold.
         """
-        try:
-            return list(text.encode("utf-8"))
-        except UnicodeEncodeError as error:
-            raise InputError("the text can't be written as UTF-8", got=error) from error
+        return list(utf8(text))
 
     def decode(self, ids: Iterable[int]) -> str:
         decoder = self.decoder()
         return "".join([*(decoder.push(i) for i in ids), decoder.flush()])
 
     def decoder(self) -> Decoder:
-        return _ByteDecoder(_one_byte)
+        return ByteDecoder(_one_byte)
 
 
 class NoTokenizer:
@@ -77,6 +89,7 @@ class NoTokenizer:
 
     kind = "none"
     vocab_size: int | None = None
+    end_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> list[int]:
         raise InputError(
@@ -93,15 +106,19 @@ class NoTokenizer:
         return _NumberDecoder()
 
 
-class _ByteDecoder:
+class ByteDecoder:
+    """Joins the bytes of ids to characters; ``bytes_of`` gives an id's."""
+
     def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
         self._bytes_of = bytes_of
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
+        """The text that became certain with this id."""
         return self._utf8.decode(self._bytes_of(token))
 
     def flush(self) -> str:
+        """What is left; an unfinished character becomes U+FFFD."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
@@ -113,6 +130,18 @@ class _NumberDecoder:
 
     def flush(self) -> str:
         return ""
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of a text.
+
+    Raises:
+        InputError: it has lone surrogates, which UTF-8 can't hold.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError("the text can't be written as UTF-8", got=error) from error
 
 
 def _one_byte(token: int) -> bytes:
@@ -129,9 +158,30 @@ def _none_kind(row: Mapping[str, Any], folder: Path) -> Tokenizer:
     return NoTokenizer()
 
 
+def _world_kind(row: Mapping[str, Any], folder: Path) -> Tokenizer:
+    from xexport.runtimes.world import WorldTokenizer
+
+    return WorldTokenizer(_file(row, folder))
+
+
+def _hugging_face_kind(row: Mapping[str, Any], folder: Path) -> Tokenizer:
+    from xexport.runtimes.huggingface import HuggingFaceTokenizer
+
+    return HuggingFaceTokenizer(_file(row, folder), [int(i) for i in row.get("end", ())])
+
+
+def _file(row: Mapping[str, Any], folder: Path) -> Path:
+    path = safe_path(folder, str(row.get("file", "")))
+    if not path.is_file():
+        raise BundleError("the bundle lacks its tokenizer", got=path, fix="copy the whole folder again")
+    return path
+
+
 _KINDS: dict[str, Callable[[Mapping[str, Any], Path], Tokenizer]] = {
     "bytes": _bytes_kind,
+    "huggingface": _hugging_face_kind,
     "none": _none_kind,
+    "rwkv-world": _world_kind,
 }
 
 
@@ -152,7 +202,7 @@ def load_tokenizer(row: Mapping[str, Any], folder: Path) -> Tokenizer:
     """The tokenizer a manifest names; an empty row means none.
 
     Raises:
-        BundleError: a kind this xexport doesn't know.
+        BundleError: a kind this xexport doesn't know, or its file is missing.
     """
     kind = row.get("kind", "none")
     if kind not in _KINDS:
