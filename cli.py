@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xexport import __version__
-from xexport.core.errors import InputError, XexportError, unknown_name
+from xexport.core.errors import CheckpointError, InputError, XexportError, unknown_name
 
 if TYPE_CHECKING:
     from xexport.core.progress import Progress
@@ -65,7 +65,7 @@ def cli() -> None:
     xexport models                              what can be exported
     xexport targets                             where it can run
     xexport rwkv --target cpu-int8              export the checkpoint that ships with xexport
-    xexport rwkv --target cpu-int8 --weights RWKV-x070-0.1B.pth
+    xexport ./RWKV-x070-0.1B.pth --target cpu-int8 --tokenizer rwkv-world
     xexport run rwkv-cpu-int8 --prompt "Call me "
 
     \b
@@ -86,6 +86,9 @@ _quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--preset", metavar="N", help="A named size with random weights; `xexport models` lists them.")
 @click.option("--out", type=_PATH, metavar="D", help="The folder to write. [default: MODEL-TARGET]")
 @click.option(
+    "--tokenizer", metavar="K", help="bytes, none, rwkv-world, a tokenizer.json or World vocabulary."
+)
+@click.option(
     "--eval-text", type=_PATH, metavar="F", help="Text to measure accuracy on instead of the built-in."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="For --preset's random weights.")
@@ -98,13 +101,14 @@ def export(
     weights: Path | None,
     preset: str | None,
     out: Path | None,
+    tokenizer: str | None,
     eval_text: Path | None,
     seed: int,
     force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Export MODEL for a target.
+    """Export MODEL, a name or a checkpoint's path, for a target.
 
     It writes a folder with the graph, its weights, the tokenizer, what was measured, and a report.
 
@@ -113,12 +117,14 @@ def export(
 
     \b
     xexport rwkv --target cpu-int8
-    xexport mamba --target cpu-fp32 --weights ./mamba-130m --out mamba-fp32
+    xexport ./mamba-130m-hf --target cpu-fp32 --out mamba-fp32
     xexport retnet --target cpu-int4 --eval-text my.txt --json > figures.json
     """
     from xexport.core.registry import family_aliases, family_names
 
-    if model not in family_names() and model not in family_aliases():
+    if model not in family_names() and model not in family_aliases() and not Path(model).exists():
+        if any(mark in model for mark in "/\\."):
+            raise CheckpointError("the checkpoint does not exist", got=model, fix="check the path")
         raise unknown_name("model or command", model, {*family_names(), *family_aliases(), *cli.commands})
     if target is None:
         from xexport.core.target import target_names
@@ -133,6 +139,7 @@ def export(
             out=out,
             weights=weights,
             preset=preset,
+            tokenizer=tokenizer,
             eval_text=eval_text,
             force=force,
             progress=progress,

@@ -48,6 +48,7 @@ def export(
     out: str | Path | None = None,
     weights: str | Path | None = None,
     preset: str | None = None,
+    tokenizer: str | Path | None = None,
     eval_text: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -58,11 +59,14 @@ def export(
     """Export a model for a target: trace, verify, quantize, write, measure, report.
 
     Args:
-        model: a family (``rwkv``), or an nn.Module in the chunk form (core/family.py ChunkModule).
+        model: a family (``rwkv``), the path of a checkpoint whose family is recognised, or an nn.Module
+            in the chunk form (core/family.py ChunkModule).
         target: a target (``cpu-int8``).
         out: the bundle's folder; ``MODEL-TARGET`` in the current folder by default.
         weights: a checkpoint of that family; the zoo's trained one by default.
         preset: a size of that family with random weights, instead of ``weights``.
+        tokenizer: ``bytes``, ``none``, ``rwkv-world``, or the path of a tokenizer.json or of a World
+            vocabulary; by default what lies beside the checkpoint.
         eval_text: held-out text to judge on; the built-in one by default.
         force: replace an existing bundle.
         progress: told what is going on; silent by default.
@@ -86,16 +90,24 @@ def export(
     goal = get_target(target)
     progress = progress or Silent()
     try:
-        label = name or (model if isinstance(model, str) else type(model).__name__)
-        final = Path(out) if out is not None else Path(f"{Path(label).name}-{target}")
+        label = name or (_label(model) if isinstance(model, str) else type(model).__name__)
+        final = Path(out) if out is not None else Path(f"{label}-{target}")
         with _modes_kept(model), output_folder(final, force=force) as output:
             progress.stage("read the checkpoint")
             source = _resolve(model, weights, preset, seed, name)
-            _export_into(output, source, goal, eval_text, sizes, progress)
+            if source.recognised:
+                progress.stage(f"this is {source.family}: {source.recognised}")
+            _export_into(output, source, goal, tokenizer, eval_text, sizes, progress)
             output.commit()
     finally:
         progress.close()
     return load(final, verify=False)
+
+
+def _label(model: str) -> str:
+    """A short name of a family, or of a checkpoint by its file or folder."""
+    path = Path(model)
+    return path.stem if path.is_file() else path.resolve().name if path.is_dir() else path.name
 
 
 @contextmanager
@@ -130,11 +142,13 @@ def _export_into(
     output: Output,
     source: Source,
     target: Target,
+    tokenizer: str | Path | None,
     eval_text: str | Path | None,
     sizes: Sizes | None,
     progress: Progress,
 ) -> None:
     """Make the whole bundle in ``output.bundle``."""
+    from xexport.evaluate.corpus import read_corpus
     from xexport.evaluate.recorded import REFERENCE_NAME, write_reference
     from xexport.exporter.graph import build_graph, write_graph
     from xexport.exporter.output import require_space
@@ -144,12 +158,15 @@ def _export_into(
     from xexport.exporter.writer import file_entry
     from xexport.quant.apply import quantize, unread
     from xexport.quant.scheme import get_scheme
+    from xexport.runtimes.shipped import find_tokenizer
     from xexport.runtimes.torch_eager import TorchStream
 
     scheme = get_scheme(target.precision)
     exact = target.precision == "fp32"
     known: int | None = getattr(source.skeleton, "vocab_size", None)
-    corpus = _corpus(source, known, eval_text) if known else None  # a bad text is refused before the work
+    shipped = find_tokenizer(tokenizer, checkpoint=source.path, kind=source.tokenizer, vocab=known)
+    # a bad text is refused before the work
+    corpus = read_corpus(shipped.load(), known, eval_text) if known else None
     require_space(output.final.parent, int(4 * source.parameters * (1 if exact else 2) * _OFFSET_BYTES))
     graph = build_graph(
         source.skeleton,
@@ -179,10 +196,10 @@ def _export_into(
     can_time = _has_room(source)
     info = _info(source, vocab)
     facts: dict[str, Any] = {
-        "tokenizer": {"kind": source.tokenizer or "none"},
+        "tokenizer": {"kind": "none"},  # of the exact graph, which nobody keeps
         "checks": msgspec.to_builtins(checks.__dict__),
         "environment": _environment(),
-        "warnings": _warnings(source, timed=can_time),
+        "warnings": [*_warnings(source, timed=can_time), *([shipped.why] if shipped.why else [])],
     }
     exact_manifest = _describe(graph, written, info, get_target("cpu-fp32"), source, (), facts)
     if not exact:
@@ -199,10 +216,12 @@ def _export_into(
     reference = module if source.parameters > _LARGE else source.eager()
     head = source.head if any(v.name == KEEP_INPUT for v in graph.graph.inputs) else None
     torch_stream = TorchStream(cast("ChunkModule", reference), head=head)
-    corpus = corpus or _corpus(source, vocab, eval_text)
+    corpus = corpus or read_corpus(shipped.load(), vocab, eval_text)
     write_reference(output.bundle / REFERENCE_NAME, torch_stream, corpus.tokens)
     facts["refusals"] = refusals
-    facts["extra_files"] = [file_entry(output.bundle / REFERENCE_NAME)]
+    facts["tokenizer"] = dict(shipped.row)
+    extra = [output.bundle / REFERENCE_NAME, *shipped.copy_to(output.bundle)]
+    facts["extra_files"] = [file_entry(path) for path in extra]
     manifest = _describe(graph, written, info, target, source, decisions, facts)
     _write_manifest(output.bundle, manifest)
     del graph
@@ -292,13 +311,6 @@ def _describe(
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
-
-
-def _corpus(source: Source, vocab: int, eval_text: str | Path | None) -> Corpus:
-    from xexport.evaluate.corpus import read_corpus
-    from xexport.runtimes.tokenizers import load_tokenizer
-
-    return read_corpus(load_tokenizer({"kind": source.tokenizer or "none"}, Path()), vocab, eval_text)
 
 
 def _vocab_size(graph: ir.Model) -> int:

@@ -61,7 +61,9 @@ class Family:
         presets: named configs; ``"tiny"`` exists in every family and is for tests.
         build: config -> nn.Module in the chunk form, on the current torch device (meta included).
         load: RawCheckpoint -> LoadedModel; raises CheckpointError for a layout it does not know.
-        recognise: RawCheckpoint -> why this family can read it, or None.
+        recognise: RawCheckpoint -> why this family can read it, or None. A Hugging Face folder has its
+            parsed config.json in ``raw.config``, a file of our own training its name in ``raw.metadata``.
+        reads: what ``recognise`` looks for, in a few words, for whoever brings something else.
         train_form: config -> nn.Module whose ``forward(tokens [B,T]) -> logits`` is differentiable
             and fast; its state_dict is what ``from_training`` turns into the chunk form's.
         from_training: (config, training state_dict) -> tensors for ``build(config)``.
@@ -83,3 +85,4 @@ class Family:
     roles: tuple[tuple[str, str], ...] = ()
     aliases: tuple[str, ...] = field(default=())
     state_note: str = ""
+    reads: str = ""

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from xexport.core.checkpoint import open_checkpoint
+from xexport.core.checkpoint import RawCheckpoint, open_checkpoint
 from xexport.core.errors import CheckpointError, InputError, unknown_name
 from xexport.core.family import Family, LoadedModel
-from xexport.core.registry import find_family
+from xexport.core.registry import family_aliases, family_names, find_family, get_family
 from xexport.core.state import StateSpec
 from xexport.models._stored import assign_stored
 
-__all__ = ["Source", "from_module", "resolve"]
+__all__ = ["Source", "from_module", "recognise", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Source:
         roles: (glob, role) rows for quantization.
         random: the weights were never trained.
         path: the checkpoint's file or folder, if there is one.
+        recognised: why its family is this one, if nobody named it.
     """
 
     family: str
@@ -47,6 +48,7 @@ class Source:
     notes: tuple[str, ...] = ()
     random: bool = False
     path: Path | None = None
+    recognised: str = ""
 
     @property
     def max_tokens(self) -> int | None:
@@ -94,14 +96,22 @@ def resolve(
 ) -> Source:
     """The source a user named.
 
-    Without ``weights``, the family's trained zoo checkpoint is used; with ``preset``, that size
-    with random weights.
+    ``model`` is a family, or the path of a checkpoint that one family recognises. Without ``weights``,
+    the family's trained zoo checkpoint is used; with ``preset``, that size with random weights.
 
     Raises:
         UnknownNameError: no such family or preset.
-        CheckpointError: the weights can't be read as that family.
-        InputError: both ``weights`` and ``preset``, or neither and the zoo has none.
+        CheckpointError: the weights can't be read as that family, or are not recognised.
+        InputError: both ``weights`` and ``preset``, or neither and the zoo has none; either beside a path.
     """
+    if model not in family_names() and model not in family_aliases() and Path(model).exists():
+        if weights is not None or preset is not None:
+            raise InputError(
+                "a checkpoint brings its own weights and size",
+                got=model,
+                fix="leave out --weights and --preset",
+            )
+        return _recognised(Path(model))
     family = find_family(model)
     if weights is not None and preset is not None:
         raise InputError(
@@ -110,8 +120,59 @@ def resolve(
     if preset is not None:
         return _random(family, preset, seed)
     path = Path(weights) if weights is not None else _zoo(family)
-    loaded = family.load(open_checkpoint(path))
-    return dataclasses.replace(_from_loaded(family, loaded, path.name), path=path)
+    return _read(family, open_checkpoint(path))
+
+
+def recognise(raw: RawCheckpoint) -> tuple[Family, str]:
+    """The one family that says it can read a checkpoint, and from what it knows.
+
+    Raises:
+        CheckpointError: none does, or several do; lists what each looks for.
+    """
+    families = [get_family(name) for name in family_names()]
+    found = [(f, why) for f in families if (why := f.recognise(raw)) is not None]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            "this checkpoint could be of several families",
+            got="; ".join(f"{f.name}: {why}" for f, why in found),
+            fix=f"name one: xexport {found[0][0].name} --weights {raw.path}",
+        )
+    kind = raw.config.get("model_type")
+    keys = f"{len(raw.tensors)} tensors, as {', '.join(list(raw.tensors)[:4])}"
+    raise CheckpointError(
+        "no family recognises this checkpoint",
+        got=f"{raw.path.name}: {f'model_type {kind!r} in config.json, ' if kind else ''}{keys}",
+        allowed="\n    ".join(
+            [
+                "xexport.family in a safetensors file's metadata, or",
+                *(f"{f.name}: {f.reads or f.title}" for f in families),
+            ]
+        ),
+        fix=(
+            "name its folder: config.json lies beside it"
+            if raw.path.is_file() and (raw.path.parent / "config.json").is_file()
+            else "if it is one of these with other key names, name it: xexport MODEL --weights PATH"
+        ),
+    )
+
+
+def _recognised(path: Path) -> Source:
+    if (path / "manifest.json").is_file():
+        raise CheckpointError(
+            "this folder is a bundle, not a checkpoint", got=path, fix=f"xexport run {path} --prompt TEXT"
+        )
+    raw = open_checkpoint(path)
+    family, why = recognise(raw)
+    source = _read(family, raw)
+    return dataclasses.replace(
+        source, recognised=why, notes=(f"recognised as {family.name}: {why}", *source.notes)
+    )
+
+
+def _read(family: Family, raw: RawCheckpoint) -> Source:
+    return dataclasses.replace(_from_loaded(family, family.load(raw), raw.path.name), path=raw.path)
 
 
 def from_module(module: torch.nn.Module, name: str | None = None) -> Source:

@@ -30,7 +30,13 @@ __all__ = [
     "published_tensors",
     "ramp",
     "shifted",
+    "tokens_of",
 ]
+
+
+def tokens_of(vocab_size: int) -> str | None:
+    """What the ids of a published checkpoint stand for, as far as their number says: bytes, or RWKV World."""
+    return {256: "bytes", 65536: "rwkv-world"}.get(vocab_size)
 
 
 def parameter(*shape: int) -> nn.Parameter:

@@ -482,6 +482,7 @@ FAMILY = Family(
     build=Hyena,
     load=_load,
     recognise=_recognise,
+    reads="keys of HyenaDNA (hyena.backbone.*), or model_type hyenadna in config.json",
     train_form=HyenaTrain,
     from_training=_from_training,
     init=_init,

@@ -301,6 +301,7 @@ FAMILY = Family(
     build=Mamba,
     load=_load,
     recognise=_recognise,
+    reads="a Hugging Face folder with model_type mamba or falcon_mamba",
     train_form=MambaTraining,
     from_training=_from_training,
     init=_init,

@@ -237,6 +237,7 @@ FAMILY = Family(
     build=Mamba2,
     load=_load,
     recognise=_recognise,
+    reads="a Hugging Face folder with model_type mamba2",
     train_form=Mamba2Training,
     from_training=_from_training,
     init=_init,

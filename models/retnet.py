@@ -434,6 +434,7 @@ FAMILY = Family(
     build=RetNet,
     load=_load,
     recognise=_recognise,
+    reads="torchscale's key retnet_rel_pos.decay",
     train_form=RetNetTrain,
     from_training=_from_training,
     init=_init,

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._rwkv import tokens_of
 from xexport.ops.wkv7.reference import wkv7
 
 __all__ = ["FAMILY", "Rwkv", "RwkvConfig", "RwkvTraining"]
@@ -292,7 +293,7 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
         family="rwkv",
         config=config,
         tensors=tensors,
-        tokenizer="bytes" if config.vocab_size == 256 else None,
+        tokenizer=tokens_of(config.vocab_size),
         source=str(raw.path),
         notes=notes,
     )
@@ -381,6 +382,7 @@ FAMILY = Family(
     build=Rwkv,
     load=_load,
     recognise=_recognise,
+    reads="BlinkDL's RWKV-7 keys blocks.0.att.r_k and .w1",
     train_form=RwkvTraining,
     from_training=_from_training,
     init=_init,

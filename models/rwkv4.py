@@ -42,6 +42,7 @@ from xexport.models._rwkv import (
     published_tensors,
     ramp,
     shifted,
+    tokens_of,
 )
 from xexport.ops.wkv4.reference import wkv4
 
@@ -242,7 +243,7 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
         family="rwkv4",
         config=config,
         tensors=published_tensors(raw, tensors, wanted),
-        tokenizer="bytes" if config.vocab_size == 256 else None,
+        tokenizer=tokens_of(config.vocab_size),
         source=str(raw.path),
         notes=tuple(notes),
     )
@@ -287,6 +288,7 @@ FAMILY = Family(
     build=Rwkv4,
     load=_load,
     recognise=_recognise,
+    reads="BlinkDL's RWKV-4 keys blocks.0.att.time_mix_k without .ln_x, or model_type rwkv in config.json",
     train_form=Rwkv4Training,
     from_training=_from_training,
     init=_init,

@@ -45,6 +45,7 @@ from xexport.models._rwkv import (
     parameter,
     published_tensors,
     shifted,
+    tokens_of,
 )
 from xexport.ops.wkv6.reference import wkv6
 
@@ -204,7 +205,7 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
         family="rwkv5",
         config=config,
         tensors=published_tensors(raw, tensors, wanted),
-        tokenizer="bytes" if config.vocab_size == 256 else None,
+        tokenizer=tokens_of(config.vocab_size),
         source=str(raw.path),
     )
 
@@ -250,6 +251,7 @@ FAMILY = Family(
     build=Rwkv5,
     load=_load,
     recognise=_recognise,
+    reads="BlinkDL's RWKV-5 keys blocks.0.att.ln_x and .time_mix_k",
     train_form=Rwkv5Training,
     from_training=_from_training,
     init=_init,

@@ -42,6 +42,7 @@ from xexport.models._rwkv import (
     parameter,
     published_tensors,
     shifted,
+    tokens_of,
 )
 from xexport.ops.wkv6.reference import wkv6
 
@@ -196,7 +197,7 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
         family="rwkv6",
         config=config,
         tensors=published_tensors(raw, dict(raw.tensors), wanted),
-        tokenizer="bytes" if config.vocab_size == 256 else None,
+        tokenizer=tokens_of(config.vocab_size),
         source=str(raw.path),
     )
 
@@ -251,6 +252,7 @@ FAMILY = Family(
     build=Rwkv6,
     load=_load,
     recognise=_recognise,
+    reads="BlinkDL's RWKV-6 keys blocks.0.att.time_maa_w1 and .time_decay_w1",
     train_form=Rwkv6Training,
     from_training=_from_training,
     init=_init,

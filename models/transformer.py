@@ -694,6 +694,7 @@ FAMILY = Family(
     build=Transformer,
     load=_load,
     recognise=_recognise,
+    reads="a Hugging Face folder of a Llama, Mistral or Qwen2",
     train_form=TransformerTrain,
     from_training=_from_training,
     init=_init,

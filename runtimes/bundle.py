@@ -85,7 +85,10 @@ class Bundle:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that was shipped with the model; ids in, ids out if there is none."""
-        return load_tokenizer(self.manifest.tokenizer, self.path)
+        if "tokenizer" not in self._engines:
+            self._engines["tokenizer"] = load_tokenizer(self.manifest.tokenizer, self.path)
+        tokenizer: Tokenizer = self._engines["tokenizer"]
+        return tokenizer
 
     def engine(self, *, threads: int = 0, runtime: str | None = None) -> OrtEngine:
         """The opened graph; the same arguments give the same engine, so streams share weights.

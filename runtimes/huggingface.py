@@ -40,7 +40,8 @@ class HuggingFaceTokenizer:
     @property
     def vocab_size(self) -> int | None:
         """One more than the largest id, added tokens among them."""
-        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        ids: list[int] = list(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        return 1 + max(ids)
 
     def encode(self, text: str) -> list[int]:
         """Text to ids.
@@ -104,6 +105,8 @@ class _Incremental:
 
     def _hand_out(self, whole: str) -> str:
         old = self._tokenizer.decode(self._ids[: self._given])
-        self._ids = self._ids[self._given :]
+        text = whole[len(old) :]
+        if text:  # an id without text (a special one) does not replace the piece before it
+            self._ids = self._ids[self._given :]
         self._given = len(self._ids)
-        return whole[len(old) :]
+        return text

@@ -28,7 +28,7 @@ class Shipped:
     Attributes:
         row: what the manifest says of it.
         path: its file, or None if it needs none.
-        why: where it was found.
+        why: what the user should know about it.
     """
 
     row: Mapping[str, Any]
@@ -63,37 +63,50 @@ def find_tokenizer(
             the path of a tokenizer.json, of a World vocabulary, or of a folder with one of them; None
             looks beside the checkpoint.
         checkpoint: its file or folder.
-        kind: what the family says its tokens are (``bytes``), if nothing is found.
+        kind: what the family says its tokens are (``bytes``, ``rwkv-world``), if it knows.
         vocab: V of the model; a tokenizer with more ids that was only found is not taken.
 
     Raises:
         InputError: the choice is none of these, can't be read, or has more ids than the model.
     """
     if choice in ("bytes", "none"):
-        return Shipped({"kind": str(choice)}, why="as asked")
+        return Shipped({"kind": str(choice)})
     if choice == "rwkv-world":
         return _checked(_installed_world(), vocab)
     if choice is not None:
         return _checked(_at(Path(choice)), vocab)
-    found = _beside(checkpoint) if checkpoint is not None else None
+    found = _beside(checkpoint, kind) if checkpoint is not None else None
     if found is not None and _fits(found, vocab):
         return found
-    return Shipped({"kind": kind or "none"}, why="what the model reads" if kind else "none was found")
+    if kind == "rwkv-world":
+        why = f"this model reads RWKV World ids, but no {_WORLD} lies beside it: name it with --tokenizer"
+        return Shipped({"kind": "none"}, why=why)
+    return Shipped({"kind": kind or "none"})
 
 
-def _beside(checkpoint: Path) -> Shipped | None:
-    """A folder's tokenizer.json, or a World vocabulary in the folder or beside the file."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.resolve().parent
-    if checkpoint.is_dir() and (folder / _HUGGING_FACE).is_file():
+def _beside(checkpoint: Path, kind: str | None) -> Shipped | None:
+    """What a folder holds; beside a file only what the family says its tokens are."""
+    if checkpoint.is_dir():
+        return _inside(checkpoint)
+    return _last_world(checkpoint.resolve().parent) if kind == "rwkv-world" else None
+
+
+def _inside(folder: Path) -> Shipped | None:
+    """A folder's tokenizer.json, or its World vocabulary."""
+    if (folder / _HUGGING_FACE).is_file():
         return _hugging_face(folder / _HUGGING_FACE)
-    worlds = sorted(folder.glob(_WORLD))
-    return _world(worlds[-1]) if worlds else None
+    return _last_world(folder)
+
+
+def _last_world(folder: Path) -> Shipped | None:
+    found = sorted(folder.glob(_WORLD))
+    return _world(found[-1]) if found else None
 
 
 def _at(path: Path) -> Shipped:
     """The tokenizer that a user named."""
     if path.is_dir():
-        found = _beside(path)
+        found = _inside(path)
         if found is None:
             raise InputError(
                 "the folder holds no tokenizer", got=path, allowed=f"{_HUGGING_FACE} or {_WORLD}"
@@ -103,7 +116,7 @@ def _at(path: Path) -> Shipped:
         raise InputError(
             "there is no such tokenizer",
             got=path,
-            allowed=f"bytes, none, rwkv-world, or the path of a {_HUGGING_FACE} or of a World vocabulary (.txt)",
+            allowed=f"bytes, none, rwkv-world, or the path of a {_HUGGING_FACE} or a World vocabulary (.txt)",
         )
     if path.suffix == ".json":
         return _hugging_face(path)
@@ -115,15 +128,15 @@ def _at(path: Path) -> Shipped:
 
 
 def _world(path: Path) -> Shipped:
-    return Shipped({"kind": "rwkv-world", "file": _NAMES["rwkv-world"]}, path, f"{path.name} beside it")
+    return Shipped({"kind": "rwkv-world", "file": _NAMES["rwkv-world"]}, path)
 
 
 def _installed_world() -> Shipped:
     spec = find_spec("rwkv")
     for place in (spec.submodule_search_locations or ()) if spec else ():
-        found = sorted(Path(place).glob(_WORLD))
-        if found:
-            return _world(found[-1])
+        found = _last_world(Path(place))
+        if found is not None:
+            return found
     raise InputError(
         "the package rwkv, which ships the World vocabulary, is not installed",
         fix="pip install rwkv, or name the file: --tokenizer rwkv_vocab_v20230424.txt",
@@ -133,7 +146,7 @@ def _installed_world() -> Shipped:
 def _hugging_face(path: Path) -> Shipped:
     row: dict[str, Any] = {"kind": "huggingface", "file": _NAMES["huggingface"]}
     end = _end_ids(path.parent)
-    return Shipped({**row, "end": end} if end else row, path, f"{path.name} beside it")
+    return Shipped({**row, "end": end} if end else row, path)
 
 
 def _end_ids(folder: Path) -> list[int]:

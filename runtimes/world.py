@@ -1,4 +1,4 @@
-"""The RWKV World tokenizer: a list of byte strings, of which the longest that fits is taken, from left to right.
+"""The RWKV World tokenizer: a list of byte strings; from left to right the longest that fits is taken.
 
 The vocabulary is a text file of lines ``ID LITERAL LENGTH``: the literal is a Python string (its UTF-8
 counts) or bytes, the length is in bytes. Nothing in it is evaluated: a literal is parsed as one, on a line
@@ -77,7 +77,9 @@ class WorldTokenizer:
         if token == END:
             return b""
         if token not in self._bytes_of:
-            raise InputError("a token id is not in the vocabulary", got=token, allowed=f"of {self._path.name}")
+            raise InputError(
+                "a token id is not in the vocabulary", got=token, allowed=f"of {self._path.name}"
+            )
         return self._bytes_of[token]
 
     @cached_property
