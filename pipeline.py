@@ -94,9 +94,7 @@ def export(
         final = Path(out) if out is not None else Path(f"{label}-{target}")
         with _modes_kept(model), output_folder(final, force=force) as output:
             progress.stage("read the checkpoint")
-            source = _resolve(model, weights, preset, seed, name)
-            if source.recognised:
-                progress.stage(f"this is {source.family}: {source.recognised}")
+            source = _resolve(model, weights, preset, seed, name, progress)
             _export_into(output, source, goal, tokenizer, eval_text, sizes, progress)
             output.commit()
     finally:
@@ -128,11 +126,15 @@ def _resolve(
     preset: str | None,
     seed: int,
     name: str | None,
+    progress: Progress,
 ) -> Source:
     from xexport.models._resolve import from_module, resolve
 
     if isinstance(model, str):
-        return resolve(model, weights=weights, preset=preset, seed=seed)
+        source = resolve(model, weights=weights, preset=preset, seed=seed)
+        if source.recognised:
+            progress.stage(f"this is {source.family}: {source.recognised}")
+        return source
     if weights is not None or preset is not None:
         raise InputError("a module brings its own weights", fix="leave out weights and preset")
     return from_module(model, name)

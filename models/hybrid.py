@@ -481,6 +481,7 @@ FAMILY = Family(
     build=Hybrid,
     load=_load,
     recognise=_recognise,
+    reads="a Hugging Face folder with model_type bamba or granitemoehybrid",
     train_form=HybridTraining,
     from_training=_from_training,
     init=_init,

@@ -82,6 +82,7 @@ def test_export_is_the_default_command(exported: dict[str, Any], args: tuple[str
 def test_every_option_reaches_the_pipeline(exported: dict[str, Any]) -> None:
     done = _run(
         *("mamba", "--target", "cpu-fp32", "--weights", "w", "--out", "d", "--eval-text", "t.txt"),
+        *("--tokenizer", "bytes"),
         *("--preset", "tiny", "--seed", "5", "--force", "--quiet"),
     )
     assert done.exit_code == 0, done.output
@@ -92,6 +93,7 @@ def test_every_option_reaches_the_pipeline(exported: dict[str, Any]) -> None:
         "weights": Path("w"),
         "out": Path("d"),
         "eval_text": Path("t.txt"),
+        "tokenizer": "bytes",
         "preset": "tiny",
         "seed": 5,
         "force": True,

@@ -19,6 +19,7 @@ from tolerances import TOLERANCES
 
 import xexport
 from xexport import pipeline
+from xexport.core.manifest import KEEP_INPUT
 from xexport.core.registry import get_family, get_op, op_names
 
 DEV = Path(__file__).resolve().parents[1] / ".dev"
@@ -197,7 +198,8 @@ def test_states_are_inputs_and_outputs_of_one_dynamic_graph(exporter: Any, famil
     folder = exporter(family, target)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     specs = tiny(family).state_spec()
-    assert [i.name for i in model.graph.input] == ["tokens", *(s.name for s in specs)]
+    assert [i.name for i in model.graph.input] == ["tokens", *(s.name for s in specs), KEEP_INPUT]
+    assert KEEP_INPUT in {i.name for i in model.graph.initializer}, "a default makes feeding it a choice"
     assert [o.name for o in model.graph.output] == ["logits", *(f"{s.name}.out" for s in specs)]
     dims = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     assert dims == ["B", "T"]
