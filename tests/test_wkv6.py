@@ -141,12 +141,13 @@ def test_threads_change_nothing(library: Path) -> None:
 @given(
     name=st.sampled_from(SPEC.inputs),
     T=st.sampled_from([1, 5]),
-    value=st.sampled_from([np.nan, np.inf, -np.inf, 3e38]),
+    value=st.sampled_from([np.nan, np.inf, -np.inf]),
     at=st.integers(0, 10**6),
 )
 def test_nan_and_infinity_as_in_the_reference(
     library: Path, name: str, T: int, value: float, at: int
 ) -> None:
+    """Not 3e38: whether a sum of products near the largest float overflows on its way is up to its order."""
     x = inputs(1, T, 2, 16)
     place = x[name].reshape(-1)
     place[at % place.size] = value
