@@ -180,6 +180,18 @@ def convolution(L: int, library: str, rounds: int, *, body: bool, D: int = 256) 
     )
 
 
+def odd_length(L: int, library: str, rounds: int, D: int = 256) -> Row:
+    """A length that is no power of two against the next one that is."""
+    calls = {}
+    for label, size in (("kernel", L), ("next power of two", 1 << (L - 1).bit_length())):
+        rng = np.random.default_rng(0)
+        x = {"u": rng.standard_normal((1, D, size)), "h": rng.standard_normal((D, size))}
+        x = {n: a.astype(np.float32) for n, a in x.items()}
+        n1, n2 = fft_sizes(size)
+        calls[label] = bound("fft_conv", x, "monarch", library=library, constant=["h"], n1=n1, n2=n2)
+    return row(f"fft_conv {D} channels, L={L}", calls, rounds)
+
+
 def main() -> None:
     arguments = options(__doc__).parse_args()
     native = find_native()
@@ -201,6 +213,8 @@ def main() -> None:
             rows.append(short_convolution(T, D, K, silu, library, rounds))
     for L in (1000, 1024) if arguments.quick else (1000, 1024, 1100, 2048, 8192, 65536):
         rows.append(convolution(L, library, rounds if L < 10000 else 5, body=L <= 1024))
+    for L in (1000,) if arguments.quick else (1000, 1100, 5000, 7777):
+        rows.append(odd_length(L, library, rounds))
     table(
         "one thread; times as fast as ...",
         ("work", "kernel us", "against", "error", "torch's"),

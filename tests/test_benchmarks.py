@@ -53,6 +53,13 @@ def test_int8_formats_show_which_keep_the_chunk_law(tmp_path: Path) -> None:
     assert result["verdict"]
 
 
+def test_hyena_prefill_computes_the_same_everywhere(tmp_path: Path) -> None:
+    rows = {r["candidate"]: r for r in run("hyena_prefill", tmp_path)["rows"]}
+    assert set(rows) == {"bundle", "training form", "filters kept", "chunk form", "products"}
+    assert rows["filters kept"]["difference"] < 1e-5
+    assert all(len(r["seconds"]) == 3 for r in rows.values())
+
+
 @pytest.mark.slow
 def test_export_size_reports_every_stage(tmp_path: Path) -> None:
     (row,) = run("export_size", tmp_path)["rows"]

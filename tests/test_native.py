@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -469,6 +471,59 @@ def test_a_bad_value_stays_in_its_channel(library: Path, value: float, L: int) -
     hit = np.zeros_like(y, bool)
     hit[1, 2] = True
     np.testing.assert_array_equal(y[~hit], clean[~hit])
+
+
+# Memory of the spectra of constant filters
+
+_SPECTRA = """
+import ctypes, gc, sys, zlib
+import numpy as np
+from test_native import _model, _options, conv_inputs, sizes
+import onnxruntime as ort
+from pathlib import Path
+library = Path(sys.argv[1])
+kept = ctypes.CDLL(str(library)).xexport_native_spectrum_bytes
+kept.restype = ctypes.c_int64
+x = conv_inputs(1, 64, 4096, 4096)
+model = _model("fft_conv", x, sizes(4096), ("h",))
+sessions = [ort.InferenceSession(model, _options(library)) for _ in range(3)]
+found = []
+for session in sessions:
+    for length in (4096, 4096, 1000, 300):
+        (y,) = session.run(None, {"u": np.ascontiguousarray(x["u"][..., :length])})
+        found.append(zlib.crc32(y.tobytes()))
+    found.append(kept())
+del session, sessions
+gc.collect()
+print(*found, kept())
+"""
+
+
+def test_spectra_are_bounded_and_freed(library: Path) -> None:
+    """One of 4096 points and 64 channels takes 2 MB, one of 1000 points an eighth or more of that."""
+    runs = {}
+    for megabytes in (None, 5, 0):
+        environment = {k: v for k, v in os.environ.items() if k != "XEXPORT_SPECTRUM_MB"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        if megabytes is not None:
+            environment["XEXPORT_SPECTRUM_MB"] = str(megabytes)
+        done = subprocess.run(
+            [sys.executable, "-c", _SPECTRA, str(library)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        numbers = [int(n) for n in done.stdout.split()]
+        runs[megabytes] = numbers[4:-1:5], numbers[-1], [n for i, n in enumerate(numbers[:-1]) if i % 5 < 4]
+    free, bound, none = (runs[m] for m in (None, 5, 0))
+    assert free[0][0] > 0
+    assert free[0] == [free[0][0] * n for n in (1, 2, 3)]
+    assert 0 < max(bound[0]) <= 5 << 20
+    assert none[0] == [0, 0, 0]
+    assert [r[1] for r in runs.values()] == [0, 0, 0]  # with the sessions they go
+    assert free[2] == bound[2] == none[2]  # to the bit
 
 
 # Which of the two ran

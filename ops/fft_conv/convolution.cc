@@ -1,5 +1,7 @@
 #include "convolution.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -10,11 +12,14 @@ namespace {
 
 constexpr size_t kSpectraOfAFilter = 2;  // of different sizes: a prompt's and the whole filter's
 
-// Bytes that spectra may take in this process; XEXPORT_SPECTRUM_MB overrides 512.
+// Bytes that spectra may take in this process: a quarter of the machine's memory, 1 GB at most;
+// XEXPORT_SPECTRUM_MB says otherwise.
 int64_t limit() {
-  static const int64_t bytes = [] {
-    const char* text = std::getenv("XEXPORT_SPECTRUM_MB");
-    return (text != nullptr ? std::atoll(text) : 512) * (int64_t{1} << 20);
+  static const int64_t bytes = []() -> int64_t {
+    constexpr int64_t kMegabyte = int64_t{1} << 20;
+    if (const char* text = std::getenv("XEXPORT_SPECTRUM_MB")) return std::atoll(text) * kMegabyte;
+    const auto memory = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+    return std::min(memory / 4, 1024 * kMegabyte);
   }();
   return bytes;
 }
@@ -40,6 +45,8 @@ std::shared_ptr<float> reserve(int64_t floats) {
 }
 
 }  // namespace
+
+int64_t spectrum_bytes() { return in_use().load(); }
 
 CausalConvolution::CausalConvolution(Isa isa, bool constant) : loops_(convolution_loops(isa)), constant_(constant) {}
 

@@ -22,6 +22,9 @@ struct ConvolutionTask {
   int64_t batch, channels, begin, end;
 };
 
+// Bytes of the spectra that are kept in this process.
+int64_t spectrum_bytes();
+
 class CausalConvolution {
  public:
   // A constant filter's spectra are kept between calls.

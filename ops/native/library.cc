@@ -5,6 +5,7 @@
 #include <mutex>
 #include <string>
 
+#include "../fft_conv/convolution.h"
 #include "operator.h"
 
 #define XEXPORT_PUBLIC extern "C" __attribute__((visibility("default")))
@@ -95,6 +96,9 @@ XEXPORT_PUBLIC const char* xexport_native_isa() {
     return "";
   }
 }
+
+// Bytes of filters' spectra that are kept; ops/fft_conv/convolution.cc bounds them.
+XEXPORT_PUBLIC int64_t xexport_native_spectrum_bytes() { return xexport::spectrum_bytes(); }
 
 // The operators that may write an output over an input, separated by commas.
 XEXPORT_PUBLIC const char* xexport_native_in_place() { return xexport::in_place_operators().c_str(); }
