@@ -23,6 +23,7 @@ from tolerances import TOLERANCES
 
 from xexport.core.op import DOMAIN
 from xexport.core.registry import get_op
+from xexport.ops.cached_attention.reference import cached_attention
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
@@ -72,7 +73,7 @@ def _options(library: Path | None, isa: str = "", threads: int = 1) -> ort.Sessi
 
 
 def _model(
-    name: str, x: Arrays, attributes: Mapping[str, int], constant: Sequence[str] = (), times: int = 1
+    name: str, x: Arrays, attributes: Mapping[str, float], constant: Sequence[str] = (), times: int = 1
 ) -> bytes:
     """``times`` nodes "mixer0" ... of an operator, the state handed from each to the next; every dimension
     is symbolic, so that ONNX Runtime itself can't see a wrong shape."""
@@ -116,7 +117,7 @@ def kernel(
     threads: int = 1,
     constant: Sequence[str] = (),
     times: int = 1,
-    **attributes: int,
+    **attributes: float,
 ) -> list[np.ndarray]:
     model = _model(name, x, attributes, constant, times)
     session = ort.InferenceSession(model, _options(library, isa, threads), providers=["CPUExecutionProvider"])
@@ -129,7 +130,7 @@ def error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got - want).max(initial=0) / max(1.0, np.abs(want).max(initial=0)))
 
 
-def reference(function: Any, x: Arrays, *rest: int) -> list[np.ndarray]:
+def reference(function: Any, x: Arrays, *rest: float) -> list[np.ndarray]:
     out = function(*(torch.from_numpy(a) for a in x.values()), *rest)
     return [y.numpy() for y in (out if isinstance(out, tuple) else (out,))]
 
@@ -405,6 +406,121 @@ def test_no_tokens_leave_the_state_alone(library: Path, name: str) -> None:
     y, state = kernel(name, empty, library, **attributes)
     assert y.size == 0
     np.testing.assert_array_equal(state, x["cache" if "cache" in x else "state"])
+
+
+# Attention over a cache
+
+
+def attention_inputs(
+    B: int, T: int, heads: tuple[int, int], sizes: tuple[int, int], L: int, pos: int, seed: int = 0
+) -> Arrays:
+    """Rows of the cache from ``pos`` on are not zero: nothing may read them."""
+    rng = np.random.default_rng((seed, B, T, L, pos))
+    (H, G), (K, V) = heads, sizes
+    shapes = {
+        "q": (B, T, H * K),
+        "k": (B, T, G * K),
+        "v": (B, T, G * V),
+        "k_cache": (B, G, L, K),
+        "v_cache": (B, G, L, V),
+    }
+    x = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    return {**x, "pos": np.array([pos])}
+
+
+def attention_attributes(H: int, G: int) -> dict[str, float]:
+    return {"heads": H, "kv_heads": G, "scale": 0.31}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    B=dims,
+    heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (5, 1), (40, 1)]),
+    sizes=st.sampled_from([(2, 2), (4, 7), (8, 16), (16, 8), (33, 20), (64, 64)]),
+    L=st.integers(1, 200),
+    data=st.data(),
+)
+def test_cached_attention_three_ways(
+    library: Path, B: int, heads: tuple[int, int], sizes: tuple[int, int], L: int, data: st.DataObject
+) -> None:
+    T = data.draw(st.one_of(st.just(1), st.integers(1, L)))
+    x = attention_inputs(B, T, heads, sizes, L, data.draw(st.integers(0, L - T)))
+    want = _attention(x, *heads)
+    got = kernel("cached_attention", x, library, **attention_attributes(*heads))
+    body = run_body(get_op("cached_attention"), x, "products", attributes=attention_attributes(*heads))
+    for a, b, c in zip(got, body, want, strict=True):
+        assert max(error(a, c), error(b, c)) <= TOLERANCES["op_fp32"]
+    for a, c in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_array_equal(a, c.astype(np.float32))
+
+
+def _attention(x: Arrays, H: int, G: int) -> list[np.ndarray]:
+    """The definition in float64."""
+    doubles = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in x.items()}
+    return reference(cached_attention, doubles, H, G, 0.31)
+
+
+@pytest.mark.parametrize("T", [1, 3, 40, 130])
+@pytest.mark.parametrize("pos", [0, 63, 200])
+def test_cached_attention_on_every_instruction_set(library: Path, isa: str, T: int, pos: int) -> None:
+    """Across blocks of 32 rows and 64 keys, with sizes that are no whole vectors."""
+    x = attention_inputs(2, T, (6, 3), (20, 37), 400, pos)
+    got = kernel("cached_attention", x, library, isa, **attention_attributes(6, 3))
+    assert max(map(error, got, _attention(x, 6, 3))) <= TOLERANCES["op_fp32"]
+
+
+@pytest.mark.parametrize("size", [30.0, 1e4, 1e18])
+def test_cached_attention_of_large_scores(library: Path, isa: str, size: float) -> None:
+    """The largest grows from block to block; scores of 10^18 are of one key a row."""
+    x = attention_inputs(1, 70, (2, 1), (16, 16), 300, 200)
+    x["q"] = (x["q"] * np.float32(size)).astype(np.float32)
+    want = _attention(x, 2, 1)
+    got = kernel("cached_attention", x, library, isa, **attention_attributes(2, 1))
+    assert np.isfinite(got[0]).all()
+    # rounding of a score is an error of its share: size * 4 * 2^-24, where shares aren't 0 or 1
+    assert np.mean(np.abs(got[0] - want[0])) <= TOLERANCES["op_fp32"] * max(1.0, size)
+
+
+def test_cached_attention_with_threads(library: Path) -> None:
+    x, attributes = attention_inputs(2, 90, (8, 4), (32, 32), 400, 300), attention_attributes(8, 4)
+    one, two = (kernel("cached_attention", x, library, threads=n, **attributes) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_cached_attention_of_no_tokens(library: Path) -> None:
+    x = attention_inputs(2, 0, (4, 2), (8, 8), 20, 5)
+    out, keys, values = kernel("cached_attention", x, library, **attention_attributes(4, 2))
+    assert out.shape == (2, 0, 32)
+    np.testing.assert_array_equal(keys, x["k_cache"])
+    np.testing.assert_array_equal(values, x["v_cache"])
+
+
+@pytest.mark.parametrize(("T", "pos"), [(1, 9), (4, 6), (1, -1), (2, 2**62)])
+def test_a_stream_longer_than_the_cache_is_refused(library: Path, T: int, pos: int) -> None:
+    x = attention_inputs(1, T, (2, 2), (4, 4), 9, 0) | {"pos": np.array([pos])}
+    with pytest.raises(Exception, match="'mixer0': a stream is longer than the cache"):
+        kernel("cached_attention", x, library, **attention_attributes(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "attributes", "text"),
+    [
+        ({"q": (1, 2, 9)}, {}, "q must be float32 [1,any,8]"),
+        ({"k": (1, 3, 8)}, {}, "k must be float32 [1,2,8]"),
+        ({"v_cache": (1, 2, 8, 4)}, {}, "v_cache must be float32 [1,2,9,any]"),
+        ({"pos": (2,)}, {}, "pos must be int64 [1]"),
+        ({}, {"heads": 3}, "3 heads for 2 heads of keys"),
+    ],
+)
+def test_cached_attention_of_wrong_shapes_names_the_node(
+    library: Path, changes: dict[str, Any], attributes: dict[str, int], text: str
+) -> None:
+    x = attention_inputs(1, 2, (2, 2), (4, 4), 9, 0)
+    bad = x | {n: np.zeros(s, x[n].dtype) for n, s in changes.items()}
+    with pytest.raises(Exception, match="xexport cached_attention node 'mixer0': ") as caught:
+        kernel("cached_attention", bad, library, **(attention_attributes(2, 2) | attributes))
+    assert text in str(caught.value)
 
 
 # Values that are no ordinary numbers

@@ -1,8 +1,7 @@
 """ONNX bodies of attention over a bounded cache.
 
 Both read only the ``pos + T`` rows in use: a cut of the cache is copied, the rest of it is never looked at.
-The new rows are scattered into the cache. Where a runtime gives input and output of a cache the same
-memory that is all; elsewhere it copies the whole cache, which is what a step costs that does not alias.
+The new rows are scattered into the cache, which a runtime that does not alias input and output copies whole.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 
-from xexport.core.op import Body, OpSpec
+from xexport.core.op import Append, Body, OpSpec
 from xexport.ops.builder import BodyBuilder
 
 __all__ = ["SPEC"]
@@ -103,6 +102,7 @@ SPEC = OpSpec(
     outputs=_OUTPUTS,
     attributes=_ATTRIBUTES,
     input_types={"pos": "I"},
+    appends={f"new_{name}": Append(name, "pos", axis=2) for name in ("k_cache", "v_cache")},
     bodies={
         "products": Body(
             _body(_products),

@@ -63,6 +63,15 @@ int64_t Node::integer(const char* attribute) const {
   return value;
 }
 
+float Node::real(const char* attribute) const {
+  float value = 0;
+  if (ort::Status* status = ort::kAttributeFloat(api(), info_, attribute, &value)) {
+    ort::kReleaseStatus(api(), status);
+    fail("the attribute " + std::string(attribute) + " is missing");
+  }
+  return value;
+}
+
 std::vector<int64_t> Node::integers(const char* attribute) const {
   size_t count = 0;
   if (ort::Status* status = ort::kAttributeInts(api(), info_, attribute, nullptr, &count)) {

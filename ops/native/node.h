@@ -44,6 +44,7 @@ class Node {
 
   // An attribute; its absence is an error, as the exporter writes all of them.
   int64_t integer(const char* attribute) const;
+  float real(const char* attribute) const;
   // A list of integers, or of floats; its absence is an error.
   std::vector<int64_t> integers(const char* attribute) const;
   std::vector<float> numbers(const char* attribute) const;

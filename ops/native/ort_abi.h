@@ -58,6 +58,7 @@ inline constexpr Slot<60, Status*(const TensorInfo*, Element*)> kInfoElement{};
 inline constexpr Slot<61, Status*(const TensorInfo*, size_t*)> kInfoRank{};
 inline constexpr Slot<62, Status*(const TensorInfo*, int64_t*, size_t)> kInfoDimensions{};
 inline constexpr Slot<65, Status*(const Value*, TensorInfo**)> kTensorInfo{};  // to be released
+inline constexpr Slot<85, Status*(const KernelInfo*, const char*, float*)> kAttributeFloat{};
 inline constexpr Slot<86, Status*(const KernelInfo*, const char*, int64_t*)> kAttributeInt{};
 inline constexpr Slot<88, Status*(const KernelContext*, size_t*)> kInputCount{};
 inline constexpr Slot<90, Status*(const KernelContext*, size_t, const Value**)> kInput{};
