@@ -63,7 +63,8 @@ class Family:
         load: RawCheckpoint -> LoadedModel; raises CheckpointError for a layout it does not know.
         recognise: RawCheckpoint -> why this family can read it, or None. A Hugging Face folder has its
             parsed config.json in ``raw.config``, a file of our own training its name in ``raw.metadata``.
-        reads: what ``recognise`` looks for, in a few words, for whoever brings something else.
+        reads: what ``recognise`` looks for, in a few words, for whoever brings something else; empty if
+            it knows files of our own training only.
         train_form: config -> nn.Module whose ``forward(tokens [B,T]) -> logits`` is differentiable
             and fast; its state_dict is what ``from_training`` turns into the chunk form's.
         from_training: (config, training state_dict) -> tensors for ``build(config)``.

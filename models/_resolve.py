@@ -147,7 +147,7 @@ def recognise(raw: RawCheckpoint) -> tuple[Family, str]:
         allowed="\n    ".join(
             [
                 "xexport.family in a safetensors file's metadata, or",
-                *(f"{f.name}: {f.reads or f.title}" for f in families),
+                *(f"{f.name}: {f.reads or 'files of our own training'}" for f in families),
             ]
         ),
         fix=(

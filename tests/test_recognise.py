@@ -51,11 +51,6 @@ def test_a_file_of_our_own_training_is_of_one_family(tmp_path: Path, family: str
     assert "metadata" in why
 
 
-@pytest.mark.parametrize("family", family_names())
-def test_every_family_says_what_it_reads(family: str) -> None:
-    assert get_family(family).reads
-
-
 @pytest.mark.parametrize("family", ["rwkv", "rwkv4", "rwkv5", "rwkv6"])
 def test_a_published_rwkv_is_known_by_its_keys(tmp_path: Path, family: str) -> None:
     torch.save(tiny_tensors(family), tmp_path / "model.pth")
@@ -74,7 +69,7 @@ def test_what_nobody_knows_says_what_was_looked_for(tmp_path: Path) -> None:
     assert "encoder.weight" in text
     assert "xexport.family" in text
     for family in family_names():
-        assert f"{family}: {get_family(family).reads}" in text
+        assert f"{family}: {get_family(family).reads or 'files of our own training'}" in text
     assert "--weights" in text
     (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     with pytest.raises(CheckpointError, match="name its folder"):
