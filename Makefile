@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit native clean
+.PHONY: demo test lint types unit native sanitize arm64 clean
 
 demo: $(VENV)/.export
 	$(BIN)/xexport rwkv --target cpu-int8 --out rwkv-cpu-int8 --force
@@ -41,6 +41,13 @@ native:
 	cmake -S . -B build/native
 	cmake --build build/native
 	cmake --install build/native --prefix .
+
+# The kernels without ONNX Runtime: under sanitizers, and on an emulated ARM64 (says what it lacks).
+sanitize: $(VENV)/.test
+	tests/native/check.sh sanitize $(BIN)/python
+
+arm64: $(VENV)/.test
+	tests/native/check.sh arm64 $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,7 +3,7 @@
 A graph runs without it: every operator carries its own body in standard ops. With it, ONNX Runtime
 prefers the kernels, and the file stays the same. The library is compiled when xexport is installed (in a
 checkout also by ``make native``), and picks its instruction set when a session is made; ``XEXPORT_ISA``
-asks for another one (``baseline``, ``avx2``, ``avx512``).
+asks for another one (``sse2``, ``avx2``, ``avx512``, ``neon``; ``baseline`` is the first or the last).
 """
 
 from __future__ import annotations

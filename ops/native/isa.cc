@@ -7,6 +7,15 @@ namespace {
 
 constexpr Isa kAll[] = {Isa::baseline, Isa::avx2, Isa::avx512};
 
+// What the portable baseline is called here: everything that runs this architecture has it.
+#if defined(__x86_64__)
+constexpr const char* kBaseline = "sse2";
+#elif defined(__aarch64__)
+constexpr const char* kBaseline = "neon";
+#else
+constexpr const char* kBaseline = "baseline";
+#endif
+
 bool available(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -21,7 +30,7 @@ bool available(Isa isa) {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : kBaseline;
 }
 
 Isa best_isa() {
@@ -36,7 +45,7 @@ Isa parse_isa(const std::string& name) {
   std::string known;
   for (Isa isa : kAll) {
     if (!available(isa)) continue;
-    if (name == isa_name(isa)) return isa;
+    if (name == isa_name(isa) || (isa == Isa::baseline && name == "baseline")) return isa;
     known += std::string(known.empty() ? "" : ", ") + isa_name(isa);
   }
   throw std::invalid_argument("no instruction set '" + name + "' on this machine; it has " + known);

@@ -11,13 +11,13 @@ namespace xexport {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// "baseline", "avx2" or "avx512".
+// "avx2", "avx512", or for the baseline "sse2" on x86-64 and "neon" on ARM64.
 const char* isa_name(Isa isa);
 
 // The best one of this machine.
 Isa best_isa();
 
-// The one asked for by name. Throws std::invalid_argument, with those that this machine has, if it is
+// The one asked for by name, "baseline" being one on every machine. Throws std::invalid_argument, with those that this machine has, if it is
 // unknown or the machine lacks it.
 Isa parse_isa(const std::string& name);
 

@@ -1,0 +1,219 @@
+"""Writes the cases of harness.cc: for every native operator some sizes, and what its reference makes of them.
+
+    python tests/native/cases.py FILE
+
+A new kernel needs one row in ``TABLE``; the harness refuses a library with an operator that has none. The
+references run in double precision. Needs torch; the file that it writes needs nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tolerances import TOLERANCES
+
+from xexport.ops.causal_conv1d.reference import causal_conv1d
+from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
+from xexport.ops.fft_conv_cached.reference import fft_conv_cached
+from xexport.ops.selective_scan.reference import selective_scan
+from xexport.ops.wkv4.reference import wkv4
+from xexport.ops.wkv6.reference import wkv6
+from xexport.ops.wkv7.reference import wkv7
+
+__all__ = ["TABLE", "Case", "Row", "write"]
+
+Arrays = dict[str, np.ndarray]
+Numbers = dict[str, int | float | str]
+_ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The inputs of one run in the operator's order, its attributes, and the inputs that are initializers."""
+
+    inputs: Arrays
+    attributes: Numbers
+    constant: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operator: its reference, how a case is made of sizes, which sizes, and the tolerance."""
+
+    reference: Callable[..., Any]
+    make: Callable[..., Case]
+    sizes: tuple[tuple[int, ...], ...]
+    tolerance: str = "op_fp32"
+
+
+def _random(*sizes: int) -> Callable[..., np.ndarray]:
+    return np.random.default_rng(sizes).standard_normal
+
+
+def _wkv7(B: int, T: int, H: int, N: int, faint: int = 0) -> Case:
+    """``faint``: decays that are 0 or nearly so among the usual ones."""
+    normal = _random(B, T, H, N)
+    r, k, v, w, g = normal((5, B, T, H, N))
+    kk = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    decay = np.exp(-np.exp(-0.5) / (1 + np.exp(-w)))
+    if faint:
+        decay[:, ::5, :, 1] = 0
+        decay[:, ::7] *= 1e-4
+    named = {"r": r, "w": decay, "k": k, "v": v, "a": -kk, "b": kk / (1 + np.exp(-g))}
+    return Case(named | {"state": normal((B, H, N, N))}, {})
+
+
+def _wkv6(B: int, T: int, H: int, N: int, M: int, same: int = 0) -> Case:
+    normal = _random(B, T, H, N, M)
+    r, k = normal((2, B, T, H, N))
+    w = np.exp(-np.exp(2 * normal((1, 1, H, N) if same else (B, T, H, N)) - 1))
+    rest = {"v": normal((B, T, H, M)), "u": normal((H, N)), "state": normal((B, H, N, M))}
+    return Case({"r": r, "w": w, "k": k} | rest, {})
+
+
+def _wkv4(B: int, T: int, C: int) -> Case:
+    normal = _random(B, T, C)
+    k, v = normal((2, B, T, C))
+    aa, bb, pp = normal((3, B, C))
+    w, u = -np.exp(3 * normal(C) - 2), normal(C)
+    return Case({"w": w, "u": u, "k": 4 * k, "v": v, "aa": aa, "bb": np.exp(bb), "pp": pp}, {})
+
+
+def _selective_scan(B: int, T: int, D: int, N: int) -> Case:
+    normal = _random(B, T, D, N)
+    x = {"u": normal((B, T, D)), "dt": np.log1p(np.exp(normal((B, T, D)) - 2)), "A": -np.exp(normal((D, N)))}
+    x |= {"B": normal((B, T, N)), "C": normal((B, T, N)), "D": normal(D), "state": normal((B, D, N))}
+    return Case(x, {})
+
+
+def _causal_conv1d(B: int, T: int, D: int, K: int, silu: int) -> Case:
+    normal = _random(B, T, D, K)
+    x = {"x": normal((B, T, D)), "weight": normal((K, D)), "bias": normal(D), "state": normal((B, K - 1, D))}
+    return Case(x, {"channels": D, "silu": silu})
+
+
+def _filter(D: int, L: int) -> np.ndarray:
+    filters: np.ndarray = _random(D, L)((D, L)) * np.exp(-4 * np.arange(L) / L)
+    return filters
+
+
+def _fft_conv(B: int, D: int, L: int, S: int, constant: int) -> Case:
+    n1, n2 = fft_sizes(L)
+    x = {"u": _random(B, D, L, S)((B, D, S)), "h": _filter(D, L)}
+    return Case(x, {"n1": n1, "n2": n2}, ("h",) if constant else ())
+
+
+def _fft_conv_cached(B: int, D: int, L: int, T: int, pos: int, constant: int) -> Case:
+    n1, n2 = fft_sizes(L)
+    normal = _random(B, D, L, T)
+    x = {"u": normal((B, D, T)), "h": _filter(D, L), "cache": normal((B, D, L)), "pos": np.array([pos])}
+    return Case(x, {"n1": n1, "n2": n2}, ("h",) if constant else ())
+
+
+def _causal_conv(u: torch.Tensor, h: torch.Tensor, n1: int, n2: int) -> torch.Tensor:
+    return causal_conv(u, h)
+
+
+def _short_conv(*x: torch.Tensor, channels: int, silu: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return causal_conv1d(*x, silu=bool(silu))
+
+
+TABLE: dict[str, Row] = {
+    "wkv7": Row(
+        wkv7,
+        _wkv7,
+        ((1, 1, 2, 64), (2, 3, 3, 16), (2, 40, 7, 64), (1, 21, 2, 7), (1, 33, 1, 72), (1, 40, 2, 64, 1)),
+    ),
+    "wkv6": Row(wkv6, _wkv6, ((1, 1, 2, 64, 64), (2, 9, 3, 8, 5), (1, 20, 2, 33, 40), (2, 18, 2, 64, 64, 1))),
+    "wkv4": Row(wkv4, _wkv4, ((1, 1, 64), (2, 9, 37), (1, 30, 200))),
+    "selective_scan": Row(
+        selective_scan,
+        _selective_scan,
+        ((1, 1, 40, 16), (2, 3, 33, 32), (1, 40, 600, 16), (2, 9, 70, 5), (1, 17, 129, 24)),
+    ),
+    "causal_conv1d": Row(
+        _short_conv,
+        _causal_conv1d,
+        ((1, 1, 40, 4, 1), (2, 7, 33, 3, 0), (1, 20, 130, 1, 1)),
+    ),
+    "fft_conv": Row(
+        _causal_conv,
+        _fft_conv,
+        ((1, 3, 1, 1, 0), (2, 5, 300, 300, 1), (1, 9, 900, 500, 0), (1, 2, 5000, 5000, 1)),
+        "native_fft",
+    ),
+    "fft_conv_cached": Row(
+        fft_conv_cached,
+        _fft_conv_cached,
+        ((1, 3, 9, 1, 4, 0), (2, 9, 300, 40, 17, 1), (1, 5, 900, 700, 100, 1)),
+        "native_fft",
+    ),
+}
+
+
+def _expected(row: Row, case: Case) -> list[np.ndarray]:
+    """The reference on the float32 inputs, computed in double."""
+    tensors = [torch.from_numpy(_single(a)) for a in case.inputs.values()]
+    tensors = [t.double() if t.is_floating_point() else t for t in tensors]
+    out = row.reference(*tensors, **case.attributes)
+    return [_single(y.numpy()) for y in (out if isinstance(out, tuple) else (out,))]
+
+
+def _single(a: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(a.astype(np.float32) if a.dtype == np.float64 else a)
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<q", len(text)) + text.encode("ascii")
+
+
+def _array(a: np.ndarray, constant: bool) -> bytes:
+    head = struct.pack(
+        f"<{4 + a.ndim}q", _ELEMENTS[str(a.dtype)], int(constant), a.ndim, *a.shape, a.nbytes
+    )
+    return head + a.tobytes()
+
+
+def _attribute(name: str, value: int | float | str) -> bytes:
+    kind = "s" if isinstance(value, str) else "f" if isinstance(value, float) else "i"
+    number = value if isinstance(value, int) else 0
+    real = value if isinstance(value, float) else 0.0
+    text = value if isinstance(value, str) else ""
+    return _text(name) + _text(kind) + struct.pack("<qd", number, real) + _text(text)
+
+
+def _blobs() -> Iterator[bytes]:
+    for name, row in TABLE.items():
+        for sizes in row.sizes:
+            case = row.make(*sizes)
+            yield _text(name) + _text(str(sizes)) + struct.pack("<d", TOLERANCES[row.tolerance])
+            yield struct.pack("<q", len(case.attributes))
+            yield from (_attribute(k, v) for k, v in case.attributes.items())
+            yield struct.pack("<q", len(case.inputs))
+            yield from (_array(_single(a), n in case.constant) for n, a in case.inputs.items())
+            outputs = _expected(row, case)
+            yield struct.pack("<q", len(outputs))
+            yield from (_array(a, False) for a in outputs)
+
+
+def write(file: BinaryIO) -> None:
+    """All cases, in the format that cases.h reads."""
+    file.write(_text("xexport cases 1"))
+    file.write(struct.pack("<q", sum(len(row.sizes) for row in TABLE.values())))
+    for blob in _blobs():
+        file.write(blob)
+
+
+if __name__ == "__main__":
+    with Path(sys.argv[1]).open("wb") as out:
+        write(out)
