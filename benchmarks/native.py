@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from common import header, microseconds, options, save, table
@@ -31,7 +32,7 @@ _SAMPLE_SECONDS = 0.03
 
 
 def bound(
-    name: str, x: Arrays, variant: str, *, library: str = "", constant: Sequence[str] = (), **attributes: int
+    name: str, x: Arrays, variant: str, *, library: str = "", constant: Sequence[str] = (), **attributes: Any
 ) -> Callable[[], Any]:
     """A call of one operator through a persistent IO binding, by its kernel or by one of its bodies."""
     model = op_model(get_op(name), x, variant, 23, attributes, constant=constant)
@@ -146,6 +147,32 @@ def short_convolution(T: int, D: int, K: int, silu: bool, library: str, rounds: 
     return row(f"causal_conv1d D={D} K={K}{' silu' if silu else ''}, T={T}", calls, rounds)
 
 
+def attention_inputs(T: int, H: int = 12, N: int = 64, *, a_key: bool = False) -> Arrays:
+    rng = np.random.default_rng(0)
+    x = {n: rng.standard_normal((1, T, H * N)) for n in ("q", "k", "v")}
+    x |= {"state": rng.standard_normal((1, H, N, N))}
+    x |= {"decay": -0.3 * np.abs(rng.standard_normal((1, T, H * N if a_key else H)))}
+    return {n: a.astype(np.float32) for n, a in x.items()}
+
+
+def against_attention(T: int, library: str, rounds: int) -> list[Row]:
+    """wkv7 and linear_recurrence beside ONNX Runtime's LinearAttention, "gated", of the same size."""
+    x, attributes = attention_inputs(T), {"scale": 0.125, "heads": 12}
+    theirs = {"q_num_heads": 12, "kv_num_heads": 12, "scale": 0.125, "update_rule": "gated"}
+    attention = bound("linear_attention", x, "chunked", **theirs)
+    wkv7 = bound("wkv7", wkv7_inputs(T), "scan", library=library)
+    rows = [row(f"wkv7 12x64, T={T}", {"kernel": wkv7, "LinearAttention": attention}, rounds)]
+    for a_key in (False, True):
+        x = attention_inputs(T, a_key=a_key)
+        calls = {
+            "kernel": bound("linear_recurrence", x, "contrib", library=library, **attributes),
+            "LinearAttention": bound("linear_attention", x, "chunked", **theirs),
+        }
+        kind = "key" if a_key else "head"
+        rows.append(row(f"linear_recurrence 12x64, a decay a {kind}, T={T}", calls, rounds))
+    return rows
+
+
 def convolution(L: int, library: str, rounds: int, *, body: bool, D: int = 256) -> Row:
     """Against torch.fft with the filter's spectrum computed beforehand, as the kernel keeps it too."""
     rng = np.random.default_rng(0)
@@ -211,6 +238,8 @@ def main() -> None:
     for D, K, silu in ((1536, 4, True), (2304, 3, False)):
         for T in (1, 64 if arguments.quick else 512):
             rows.append(short_convolution(T, D, K, silu, library, rounds))
+    for T in (1, 64 if arguments.quick else 512):
+        rows += against_attention(T, library, rounds)
     for L in (1000, 1024) if arguments.quick else (1000, 1024, 1100, 2048, 8192, 65536):
         rows.append(convolution(L, library, rounds if L < 10000 else 5, body=L <= 1024))
     for L in (1000,) if arguments.quick else (1000, 1100, 5000, 7777):

@@ -15,7 +15,7 @@ Symbols (B batch, T tokens, d width, D inner width, H heads, P head size, N stat
     S_t = e^{dt A} S_{t-1} + Bm_t (dt x_t)^T        y_t = S_t^T Cm_t + D x_t        S [N,P]
 
 That is gated linear attention with q = Cm, k = Bm, v = dt x and the log decay dt A, so the operator
-linear_attention runs it; B and C of a group are repeated for its heads.
+linear_recurrence runs it; B and C of a group are repeated for its heads.
 
 Departure: [2] has the rows of dt in ``in_proj``; here they are a matrix of their own, ``dt_proj``, since a
 decay is not to be quantized like the large projection it lies in.
@@ -36,7 +36,7 @@ from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.errors import CheckpointError
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.linear_attention.parallel import gated_parallel
-from xexport.ops.linear_attention.reference import linear_attention
+from xexport.ops.linear_recurrence.reference import linear_recurrence
 
 __all__ = ["SSD_ROLES", "RMSNorm", "SsdMixer", "SsdSizes", "parse_limit", "split_in_proj", "ssd_init"]
 
@@ -182,7 +182,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, state: Tensor, decay: Tensor) -> tu
         return gated_parallel(*inputs)
     heads = k.shape[2]
     packed = (x.flatten(-2) for x in (q, k, v))
-    y, state = linear_attention(*packed, state, decay, heads, heads, 1.0, "gated")
+    y, state = linear_recurrence(*packed, state, decay, heads, 1.0)
     return torch.unflatten(y, -1, (heads, -1)), state
 
 

@@ -44,7 +44,7 @@ from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
-from xexport.ops.linear_attention.reference import linear_attention
+from xexport.ops.linear_recurrence.reference import linear_recurrence
 
 __all__ = ["FAMILY", "RetNet", "RetNetConfig", "RetNetTrain"]
 
@@ -204,16 +204,14 @@ class RetNet(nn.Module):
         for layer, before in zip(self._blocks(), retention, strict=True):
             h = layer.retention_norm(x)
             q, k = layer.retention.rotated(h, cos, sin)
-            o, now = linear_attention(
+            o, now = linear_recurrence(
                 q.flatten(-2),
                 k.flatten(-2),
                 layer.retention.v_proj(h),
                 before,
                 decay,
                 c.heads,
-                c.heads,
                 c.key_size**-0.5,
-                "gated",
             )
             after.append(now)
             x = x + layer.retention.finish(h, torch.unflatten(o, -1, (c.heads, -1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from xexport.runtimes.native import find_native
 __all__ = ["Arrays", "body_only", "error", "kernel", "native_library", "node_types"]
 
 Arrays = dict[str, np.ndarray]
+Attributes = Mapping[str, int | float]
 
 
 def native_library() -> Path:
@@ -53,7 +55,7 @@ def _options(library: Path | None, isa: str = "", threads: int = 1) -> ort.Sessi
     return options
 
 
-def _model(name: str, x: Arrays) -> bytes:
+def _model(name: str, x: Arrays, attributes: Attributes) -> bytes:
     """The node "mixer0"; every dimension is symbolic, so that ONNX Runtime itself can't see a wrong shape."""
     spec = get_op(name)
     inputs = [
@@ -63,38 +65,46 @@ def _model(name: str, x: Arrays) -> bytes:
         for n, a in x.items()
     ]
     outputs = [helper.make_tensor_value_info(n, 1, None) for n in spec.outputs]
-    node = helper.make_node(spec.graph_name, list(spec.inputs), list(spec.outputs), "mixer0", domain=DOMAIN)
-    body = next(iter(spec.bodies.values())).build(23)
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
+    node = helper.make_node(
+        spec.graph_name, list(spec.inputs), list(spec.outputs), "mixer0", domain=DOMAIN, **attributes
+    )
+    specs = [spec, *map(get_op, spec.depends)]
+    bodies = [next(iter(s.bodies.values())).build(23) for s in specs]
+    domains = {"": 23} | {s.domain: 1 for s in specs}
+    opsets = [helper.make_opsetid(d, v) for d, v in domains.items()]
     graph = helper.make_graph([node], name, inputs, outputs)
     model: bytes = helper.make_model(
-        graph, functions=[body], opset_imports=opsets, ir_version=10
+        graph, functions=bodies, opset_imports=opsets, ir_version=10
     ).SerializeToString()
     return model
 
 
-def _run(name: str, x: Arrays, options: ort.SessionOptions) -> list[np.ndarray]:
-    session = ort.InferenceSession(_model(name, x), options, providers=["CPUExecutionProvider"])
+def _run(name: str, x: Arrays, options: ort.SessionOptions, attributes: Attributes) -> list[np.ndarray]:
+    session = ort.InferenceSession(_model(name, x, attributes), options, providers=["CPUExecutionProvider"])
     outputs: list[np.ndarray] = session.run(None, x)
     return outputs
 
 
-def kernel(name: str, x: Arrays, library: Path, isa: str = "", *, threads: int = 1) -> list[np.ndarray]:
+def kernel(
+    name: str, x: Arrays, library: Path, isa: str = "", *, threads: int = 1, **attributes: int | float
+) -> list[np.ndarray]:
     """The outputs of the native kernel."""
-    return _run(name, x, _options(library, isa, threads))
+    return _run(name, x, _options(library, isa, threads), attributes)
 
 
-def body_only(name: str, x: Arrays) -> list[np.ndarray]:
+def body_only(name: str, x: Arrays, **attributes: int | float) -> list[np.ndarray]:
     """The outputs of the same file where no kernel is registered."""
-    return _run(name, x, _options(None))
+    return _run(name, x, _options(None), attributes)
 
 
-def node_types(name: str, x: Arrays, library: Path | None, folder: Path) -> set[str]:
+def node_types(
+    name: str, x: Arrays, library: Path | None, folder: Path, **attributes: int | float
+) -> set[str]:
     """The types of the nodes that ran."""
     options = _options(library)
     options.enable_profiling = True
     options.profile_file_prefix = str(folder / "profile")
-    session = ort.InferenceSession(_model(name, x), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(_model(name, x, attributes), options, providers=["CPUExecutionProvider"])
     session.run(None, x)
     rows = json.loads(Path(session.end_profiling()).read_text())
     return {row["args"]["op_name"] for row in rows if row.get("cat") == "Node"}

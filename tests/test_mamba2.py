@@ -79,7 +79,7 @@ def test_parallel_form_is_the_operator(T: int) -> None:
 
 def test_export_keeps_two_operators_a_layer_and_dynamic_axes() -> None:
     found = operators(FAMILY, TINY)
-    assert found.count("xexport.linear_attention.default") == TINY.layers
+    assert found.count("xexport.linear_recurrence.default") == TINY.layers
     assert found.count("xexport.causal_conv1d.default") == TINY.layers
 
 

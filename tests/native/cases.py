@@ -25,6 +25,7 @@ from tolerances import TOLERANCES
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
+from xexport.ops.linear_recurrence.reference import linear_recurrence
 from xexport.ops.selective_scan.reference import selective_scan
 from xexport.ops.wkv4.reference import wkv4
 from xexport.ops.wkv6.reference import wkv6
@@ -96,6 +97,14 @@ def _selective_scan(B: int, T: int, D: int, N: int) -> Case:
     return Case(x, {})
 
 
+def _linear_recurrence(B: int, T: int, H: int, K: int, V: int, a_key: int) -> Case:
+    normal = _random(B, T, H, K, V)
+    q, k = normal((2, B, T, H * K))
+    decay = -0.3 * np.abs(normal((B, T, H * K if a_key else H)))
+    x = {"q": q, "k": k, "v": normal((B, T, H * V)), "state": normal((B, H, K, V)), "decay": decay}
+    return Case(x, {"heads": H, "scale": 0.375})
+
+
 def _causal_conv1d(B: int, T: int, D: int, K: int, silu: int) -> Case:
     normal = _random(B, T, D, K)
     x = {"x": normal((B, T, D)), "weight": normal((K, D)), "bias": normal(D), "state": normal((B, K - 1, D))}
@@ -141,6 +150,11 @@ TABLE: dict[str, Row] = {
         _selective_scan,
         ((1, 1, 40, 16), (2, 3, 33, 32), (1, 40, 600, 16), (2, 9, 70, 5), (1, 17, 129, 24)),
     ),
+    "linear_recurrence": Row(
+        linear_recurrence,
+        _linear_recurrence,
+        ((1, 1, 2, 64, 64, 0), (2, 5, 3, 16, 37, 1), (1, 33, 2, 64, 128, 1), (1, 18, 3, 7, 5, 0)),
+    ),
     "causal_conv1d": Row(
         _short_conv,
         _causal_conv1d,
@@ -178,9 +192,7 @@ def _text(text: str) -> bytes:
 
 
 def _array(a: np.ndarray, constant: bool) -> bytes:
-    head = struct.pack(
-        f"<{4 + a.ndim}q", _ELEMENTS[str(a.dtype)], int(constant), a.ndim, *a.shape, a.nbytes
-    )
+    head = struct.pack(f"<{4 + a.ndim}q", _ELEMENTS[str(a.dtype)], int(constant), a.ndim, *a.shape, a.nbytes)
     return head + a.tobytes()
 
 
