@@ -15,7 +15,6 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
 from common import header, microseconds, options, save, table

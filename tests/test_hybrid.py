@@ -76,7 +76,7 @@ def test_init_depends_on_the_seed_alone() -> None:
 
 def test_export_keeps_one_operator_a_layer_and_dynamic_axes() -> None:
     found = operators(FAMILY, SHORT)
-    assert found.count("xexport.linear_attention.default") == 2
+    assert found.count("xexport.linear_recurrence.default") == 2
     assert found.count("xexport.cached_attention.default") == 1
 
 

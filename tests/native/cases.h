@@ -41,9 +41,9 @@ struct Array {
 
 struct Attribute {
   std::string name;
-  char kind = 'i';  // i: integer, f: float, s: string
-  int64_t integer = 0;
-  double real = 0;
+  char kind = 'i';  // i: integers, f: floats, s: string
+  std::vector<int64_t> integers;
+  std::vector<double> reals;
   std::string text;
 };
 
@@ -73,8 +73,10 @@ class Reader {
       for (Attribute& a : c.attributes) {
         a.name = text();
         a.kind = text().at(0);
-        a.integer = integer();
-        a.real = number<double>();
+        a.integers.resize(static_cast<size_t>(integer()));
+        for (int64_t& n : a.integers) n = integer();
+        a.reals.resize(static_cast<size_t>(integer()));
+        for (double& n : a.reals) n = number<double>();
         a.text = text();
       }
       for (std::vector<Array>* list : {&c.inputs, &c.outputs}) {

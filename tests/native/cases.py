@@ -20,11 +20,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from test_rows import shifting, values
 from tolerances import TOLERANCES
 
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
+from xexport.ops.fused_rows.reference import run_program
+from xexport.ops.hyena_conv.reference import hyena_conv
 from xexport.ops.linear_recurrence.reference import linear_recurrence
 from xexport.ops.selective_scan.reference import selective_scan
 from xexport.ops.wkv4.reference import wkv4
@@ -34,7 +37,7 @@ from xexport.ops.wkv7.reference import wkv7
 __all__ = ["TABLE", "Case", "Row", "write"]
 
 Arrays = dict[str, np.ndarray]
-Numbers = dict[str, int | float | str]
+Numbers = dict[str, Any]  # integers, floats, strings, lists of integers, tuples of floats
 _ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7}
 
 
@@ -129,6 +132,24 @@ def _fft_conv_cached(B: int, D: int, L: int, T: int, pos: int, constant: int) ->
     return Case(x, {"n1": n1, "n2": n2}, ("h",) if constant else ())
 
 
+def _hyena_conv(B: int, D: int, L: int, T: int, pos: int, constant: int) -> Case:
+    n1, n2 = fft_sizes(L)
+    normal = _random(B, D, L, T)
+    x = {"packed": normal((B, T, 3 * D)), "h": _filter(D, L), "skip": normal(D), "cache": normal((B, D, L))}
+    return Case(x | {"pos": np.array([pos])}, {"n1": n1, "n2": n2}, ("h",) if constant else ())
+
+
+def _fused_rows(B: int, T: int, width: int) -> Case:
+    program = shifting(width)
+    inputs = {str(i): a for i, a in enumerate(values(program, B, T))}
+    return Case(inputs, {"program": program.encode(), "constants": tuple(program.constants)})
+
+
+def _shifting(*x: torch.Tensor, program: list[int], constants: tuple[float, ...]) -> tuple[torch.Tensor, ...]:
+    made = run_program(shifting(x[0].shape[-1]), [a.numpy() for a in x])
+    return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in made)
+
+
 def _causal_conv(u: torch.Tensor, h: torch.Tensor, n1: int, n2: int) -> torch.Tensor:
     return causal_conv(u, h)
 
@@ -166,6 +187,9 @@ TABLE: dict[str, Row] = {
         ((1, 3, 1, 1, 0), (2, 5, 300, 300, 1), (1, 9, 900, 500, 0), (1, 2, 5000, 5000, 1)),
         "native_fft",
     ),
+    "hyena_conv": Row(hyena_conv, _hyena_conv, ((1, 3, 9, 1, 4, 0), (2, 9, 300, 40, 17, 1)), "native_fft"),
+    # the same kernel under many names
+    "fused_rows_0": Row(_shifting, _fused_rows, ((1, 1, 8), (2, 5, 37)), "fused_rows"),
     "fft_conv_cached": Row(
         fft_conv_cached,
         _fft_conv_cached,
@@ -196,12 +220,14 @@ def _array(a: np.ndarray, constant: bool) -> bytes:
     return head + a.tobytes()
 
 
-def _attribute(name: str, value: int | float | str) -> bytes:
-    kind = "s" if isinstance(value, str) else "f" if isinstance(value, float) else "i"
-    number = value if isinstance(value, int) else 0
-    real = value if isinstance(value, float) else 0.0
-    text = value if isinstance(value, str) else ""
-    return _text(name) + _text(kind) + struct.pack("<qd", number, real) + _text(text)
+def _attribute(name: str, value: Any) -> bytes:
+    """Its name, its kind and the lists of its integers, of its floats and of its characters."""
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    kind = "s" if isinstance(value, str) else "f" if isinstance(items[0], float) else "i"
+    integers, reals = (items if kind == "i" else []), (items if kind == "f" else [])
+    numbers = struct.pack(f"<q{len(integers)}q", len(integers), *integers)
+    numbers += struct.pack(f"<q{len(reals)}d", len(reals), *reals)
+    return _text(name) + _text(kind) + numbers + _text(value if kind == "s" else "")
 
 
 def _blobs() -> Iterator[bytes]:

@@ -66,14 +66,31 @@ const Attribute* attribute(const ort::KernelInfo* info, const char* name, char k
 ort::Status* attribute_int(const ort::KernelInfo* info, const char* name, int64_t* out) {
   const Attribute* a = attribute(info, name, 'i');
   if (a == nullptr) return failure("no such attribute");
-  *out = a->integer;
+  *out = a->integers.at(0);
   return nullptr;
 }
 ort::Status* attribute_float(const ort::KernelInfo* info, const char* name, float* out) {
   const Attribute* a = attribute(info, name, 'f');
   if (a == nullptr) return failure("no such attribute");
-  *out = static_cast<float>(a->real);
+  *out = static_cast<float>(a->reals.at(0));
   return nullptr;
+}
+template <class From, class To>
+ort::Status* copy_list(const std::vector<From>& from, To* to, size_t* count) {
+  if (to != nullptr) {
+    if (*count < from.size()) return failure("the buffer is too small");
+    for (size_t i = 0; i < from.size(); ++i) to[i] = static_cast<To>(from[i]);
+  }
+  *count = from.size();
+  return nullptr;
+}
+ort::Status* attribute_ints(const ort::KernelInfo* info, const char* name, int64_t* to, size_t* count) {
+  const Attribute* a = attribute(info, name, 'i');
+  return a == nullptr ? failure("no such attribute") : copy_list(a->integers, to, count);
+}
+ort::Status* attribute_floats(const ort::KernelInfo* info, const char* name, float* to, size_t* count) {
+  const Attribute* a = attribute(info, name, 'f');
+  return a == nullptr ? failure("no such attribute") : copy_list(a->reals, to, count);
 }
 ort::Status* attribute_text(const ort::KernelInfo* info, const char* name, char* to, size_t* size) {
   const Attribute* a = attribute(info, name, 's');
@@ -124,6 +141,14 @@ ort::Status* tensor_shape(const ort::Value* value, int32_t* element, const int64
   return nullptr;
 }
 
+ort::Status* run_inputs(const ort::KernelContext* context, size_t* out) {
+  *out = as<Run>(context)->inputs->size();
+  return nullptr;
+}
+ort::Status* run_outputs(const ort::KernelContext* context, size_t* out) {
+  *out = as<Run>(context)->output_count;
+  return nullptr;
+}
 ort::Status* input(const ort::KernelContext* context, size_t index, const ort::Value** out) {
   *out = as<const ort::Value>(&as<Run>(context)->inputs->at(index));
   return nullptr;
@@ -145,7 +170,7 @@ ort::Status* output(ort::KernelContext* context, size_t index, const int64_t* di
     return nullptr;
   }
   Array& made = run.outputs[index];
-  made.element = run.types.at(index);
+  made.element = run.types.at(index < run.types.size() ? index : run.types.size() - 1);  // the last may repeat
   made.dims.assign(dims, dims + rank);
   size_t count = 1;
   for (int64_t d : made.dims) count *= static_cast<size_t>(d);
@@ -202,7 +227,8 @@ struct Table {
     set(51, tensor_data), set(60, info_element), set(61, info_rank), set(62, info_dims);
     set(65, tensor_info), set(99, release_info), set(414, tensor_shape);
     set(85, attribute_float), set(86, attribute_int), set(87, attribute_text);
-    set(90, input), set(91, output), set(230, input_count), set(231, output_count);
+    set(162, attribute_floats), set(163, attribute_ints);
+    set(88, run_inputs), set(89, run_outputs), set(90, input), set(91, output), set(230, input_count), set(231, output_count);
     set(237, has_config), set(238, get_config), set(244, node_name), set(249, constant_input);
     set(268, infer_input), set(270, infer_output), set(274, parallel_for);
   }

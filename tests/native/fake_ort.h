@@ -41,6 +41,7 @@ struct Run {
   std::map<size_t, Array> outputs;
   std::pair<int, int> alias{-1, -1};
   unsigned threads = 1;
+  size_t output_count = 0;
 };
 
 struct Session {
