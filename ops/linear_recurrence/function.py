@@ -19,7 +19,7 @@ _OUTPUTS = ("out", "new_state")
 _ATTRIBUTES = {"heads": "int", "scale": "float"}
 
 
-def _reference(name: str, source: str, kind: int) -> onnx.AttributeProto:
+def _reference(name: str, source: str, kind: onnx.AttributeProto.AttributeType) -> onnx.AttributeProto:
     """The node's attribute ``name`` is the function's attribute ``source``."""
     attribute = onnx.AttributeProto()
     attribute.name, attribute.ref_attr_name, attribute.type = name, source, kind
