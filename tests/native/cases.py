@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_rows import shifting, values
 from tolerances import TOLERANCES
 
+from xexport.ops.cached_attention.reference import cached_attention
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
@@ -132,6 +133,13 @@ def _fft_conv_cached(B: int, D: int, L: int, T: int, pos: int, constant: int) ->
     return Case(x, {"n1": n1, "n2": n2}, ("h",) if constant else ())
 
 
+def _cached_attention(B: int, T: int, H: int, G: int, K: int, L: int, pos: int) -> Case:
+    normal = _random(B, T, H, G, K, L)
+    x = {"q": normal((B, T, H * K)), "k": normal((B, T, G * K)), "v": normal((B, T, G * K))}
+    x |= {"k_cache": normal((B, G, L, K)), "v_cache": normal((B, G, L, K)), "pos": np.array([pos])}
+    return Case(x, {"heads": H, "kv_heads": G, "scale": 0.375})
+
+
 def _hyena_conv(B: int, D: int, L: int, T: int, pos: int, constant: int) -> Case:
     n1, n2 = fft_sizes(L)
     normal = _random(B, D, L, T)
@@ -188,6 +196,9 @@ TABLE: dict[str, Row] = {
         "native_fft",
     ),
     "hyena_conv": Row(hyena_conv, _hyena_conv, ((1, 3, 9, 1, 4, 0), (2, 9, 300, 40, 17, 1)), "native_fft"),
+    "cached_attention": Row(
+        cached_attention, _cached_attention, ((1, 1, 2, 2, 16, 9, 4), (2, 7, 4, 2, 24, 40, 11))
+    ),
     # the same kernel under many names
     "fused_rows_0": Row(_shifting, _fused_rows, ((1, 1, 8), (2, 5, 37)), "fused_rows"),
     "fft_conv_cached": Row(
