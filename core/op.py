@@ -54,7 +54,8 @@ class OpSpec:
         name: op_type in the graph, and the torch op ``torch.ops.xexport.<name>``.
         inputs, outputs: formal names, in order. Tensor inputs come first in the torch schema.
         attributes: attribute name -> "int", "float" or "string"; in the torch schema they follow the tensors.
-        input_types: formal input name -> type constraint, "T" (any float) unless listed.
+        input_types: formal input name -> type constraint, "T" (any float) unless listed; the names are
+            those of exporter/translate.py.
         bodies: variant name -> Body; the first is the default.
         domain: graph domain; ``com.microsoft`` where an ORT contrib operator does the job, in
             which case the body is the same-named local fallback.

@@ -28,6 +28,9 @@ _KINDS: dict[str, tuple[type, onnx.defs.OpSchema.AttrType]] = {
 _TYPES = {
     "T": ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"],
     "I": ["tensor(int64)"],
+    "U8": ["tensor(uint8)"],
+    "F16": ["tensor(float16)"],
+    "W": ["tensor(float)", "tensor(float16)"],
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,23 @@ class BodyBuilder:
         return f"{self._prefix}{hint}_{next(self._count)}"
 
     def op(
-        self, op_type: str, *inputs: str, out: str | None = None, domain: str = "", **attributes: Any
+        self,
+        op_type: str,
+        *inputs: str,
+        out: str | None = None,
+        domain: str = "",
+        same: Mapping[str, str] | None = None,
+        **attributes: Any,
     ) -> str:
-        """Add a node with one output and return its name (``out`` or a fresh one)."""
+        """Add a node with one output and return its name (``out`` or a fresh one).
+
+        Args:
+            same: attributes, with their kinds, that have the value of the function's attribute of that name.
+        """
         name = out or self.fresh(op_type.lower())
-        self.nodes.append(helper.make_node(op_type, list(inputs), [name], domain=domain, **attributes))
+        node = helper.make_node(op_type, list(inputs), [name], domain=domain, **attributes)
+        node.attribute.extend(_reference(n, n, kind) for n, kind in (same or {}).items())
+        self.nodes.append(node)
         return name
 
     def multi(
@@ -66,11 +78,7 @@ class BodyBuilder:
         """The function's attribute as a scalar value: ``kind`` is ``"int"`` or ``"float"``."""
         out = self.fresh(name)
         node = helper.make_node("Constant", [], [out])
-        reference = onnx.AttributeProto()
-        reference.name = f"value_{kind}"
-        reference.ref_attr_name = name
-        reference.type = onnx.AttributeProto.INT if kind == "int" else onnx.AttributeProto.FLOAT
-        node.attribute.append(reference)
+        node.attribute.append(_reference(f"value_{kind}", name, kind))
         self.nodes.append(node)
         return out
 
@@ -94,6 +102,14 @@ class BodyBuilder:
         return helper.make_function(
             domain, name, list(inputs), list(outputs), self.nodes, opsets, attributes=list(attributes)
         )
+
+
+def _reference(attribute: str, name: str, kind: str) -> onnx.AttributeProto:
+    """``attribute`` of a node as the function's attribute ``name``."""
+    reference = onnx.AttributeProto()
+    reference.name, reference.ref_attr_name = attribute, name
+    reference.type = onnx.AttributeProto.INT if kind == "int" else onnx.AttributeProto.FLOAT
+    return reference
 
 
 def _info(value: Any) -> onnx.ValueInfoProto:

@@ -17,6 +17,7 @@ __all__ = ["op_model", "run_body"]
 _ELEM = {
     np.dtype(np.float32): onnx.TensorProto.FLOAT,
     np.dtype(np.float16): onnx.TensorProto.FLOAT16,
+    np.dtype(np.uint8): onnx.TensorProto.UINT8,
     np.dtype(np.int64): onnx.TensorProto.INT64,
 }
 

@@ -1,6 +1,9 @@
 #include "isa.h"
 
 #include <stdexcept>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace xexport {
 namespace {
@@ -16,9 +19,19 @@ constexpr const char* kBaseline = "neon";
 constexpr const char* kBaseline = "baseline";
 #endif
 
+#if defined(__x86_64__)
+// Conversions between 16- and 32-bit floats; the compiler's own test doesn't know this name everywhere.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 bool available(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::avx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  }
   if (isa == Isa::avx512) {
     return available(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

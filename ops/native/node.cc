@@ -159,6 +159,32 @@ void infer_like(ort::ShapeContext* context, size_t from, size_t to, size_t rank)
   if (known == rank) check(ort::kInferOutput(api(), context, to, info));
 }
 
+void infer_columns(ort::ShapeContext* context, size_t like, size_t columns, size_t to) {
+  ort::TensorInfo *x = nullptr, *weights = nullptr;
+  check(ort::kInferInput(api(), context, like, &x));
+  check(ort::kInferInput(api(), context, columns, &weights));
+  size_t rank = 0, weights_rank = 0;
+  check(ort::kInfoRank(api(), x, &rank));
+  check(ort::kInfoRank(api(), weights, &weights_rank));
+  if (rank < 1 || weights_rank < 1 || rank > Tensor::kMaxRank || weights_rank > Tensor::kMaxRank) return;
+  int64_t dims[Tensor::kMaxRank], weights_dims[Tensor::kMaxRank];
+  const char* symbols[Tensor::kMaxRank];
+  check(ort::kInfoDimensions(api(), x, dims, rank));
+  check(ort::kInfoSymbols(api(), x, symbols, rank));
+  check(ort::kInfoDimensions(api(), weights, weights_dims, weights_rank));
+  if (weights_dims[0] < 0) return;
+  dims[rank - 1] = weights_dims[0];
+  symbols[rank - 1] = "";
+  ort::TensorInfo* made = nullptr;
+  check(ort::kCreateInfo(api(), &made));
+  const auto release = [](ort::TensorInfo* p) { ort::kReleaseTensorInfo(api(), p); };
+  std::unique_ptr<ort::TensorInfo, decltype(release)> owner(made, release);
+  check(ort::kSetElement(api(), made, ort::Element::f32));
+  check(ort::kSetDimensions(api(), made, dims, rank));
+  check(ort::kSetSymbols(api(), made, symbols, rank));
+  check(ort::kInferOutput(api(), context, to, made));
+}
+
 float* scratch(size_t floats, int which) {
   struct Free {
     void operator()(float* p) const { std::free(p); }

@@ -32,7 +32,7 @@ struct ApiBase {
   const char* (*GetVersionString)();
 };
 
-enum class Element : int32_t { undefined = 0, f32 = 1, i64 = 7 };
+enum class Element : int32_t { undefined = 0, f32 = 1, u8 = 2, i64 = 7, f16 = 10 };
 enum class Arity : int32_t { required = 0, variadic = 2 };
 enum class Memory : int32_t { standard = 0 };
 enum Code : int32_t { kFail = 1, kInvalidArgument = 2, kRuntimeException = 6, kNotImplemented = 9 };
@@ -54,9 +54,13 @@ inline constexpr Slot<26, Status*(const char*, CustomOpDomain**)> kCreateCustomO
 inline constexpr Slot<27, Status*(CustomOpDomain*, const struct CustomOp*)> kCustomOpDomainAdd{};
 inline constexpr Slot<28, Status*(SessionOptions*, CustomOpDomain*)> kAddCustomOpDomain{};
 inline constexpr Slot<51, Status*(Value*, void**)> kTensorData{};
+inline constexpr Slot<57, Status*(TensorInfo**)> kCreateInfo{};  // to be released
+inline constexpr Slot<58, Status*(TensorInfo*, Element)> kSetElement{};
+inline constexpr Slot<59, Status*(TensorInfo*, const int64_t*, size_t)> kSetDimensions{};
 inline constexpr Slot<60, Status*(const TensorInfo*, Element*)> kInfoElement{};
 inline constexpr Slot<61, Status*(const TensorInfo*, size_t*)> kInfoRank{};
 inline constexpr Slot<62, Status*(const TensorInfo*, int64_t*, size_t)> kInfoDimensions{};
+inline constexpr Slot<63, Status*(const TensorInfo*, const char**, size_t)> kInfoSymbols{};
 inline constexpr Slot<65, Status*(const Value*, TensorInfo**)> kTensorInfo{};  // to be released
 inline constexpr Slot<85, Status*(const KernelInfo*, const char*, float*)> kAttributeFloat{};
 inline constexpr Slot<86, Status*(const KernelInfo*, const char*, int64_t*)> kAttributeInt{};
@@ -73,6 +77,7 @@ inline constexpr Slot<244, Status*(const KernelInfo*, char*, size_t*)> kNodeName
 inline constexpr Slot<249, Status*(const KernelInfo*, size_t, int*, const Value**)> kConstantInput{};
 inline constexpr Slot<268, Status*(const ShapeContext*, size_t, TensorInfo**)> kInferInput{};  // borrowed
 inline constexpr Slot<270, Status*(const ShapeContext*, size_t, const TensorInfo*)> kInferOutput{};
+inline constexpr Slot<271, Status*(TensorInfo*, const char**, size_t)> kSetSymbols{};
 inline constexpr Slot<274, Status*(const KernelContext*, Job, size_t, size_t, void*)> kParallelFor{};
 inline constexpr Slot<414, Status*(const Value*, Element*, const int64_t**, size_t*)> kTensorShape{};
 

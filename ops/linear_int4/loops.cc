@@ -1,0 +1,234 @@
+// Products with 4-bit weights, in blocks of 32 with a scale each, and activations rounded to 8 bits.
+//
+//   y[n] = sum over blocks of  scale_w[n,b] * scale_x[b] * ( sum_k w[n,k] x[k]  -  8 sum_k x[k] )
+//
+// w are the unsigned codes as they lie in the file: a block is 16 bytes, the even codes in the low and the odd
+// ones in the high half of each. So the activations of a block lie as its 16 even, then its 16 odd elements.
+// Sums of products of bytes are kept in 16 bits while they are exact: 8 * 15 * 127 * 2 < 2^15.
+#include "loops.h"
+
+#include "../native/half.h"
+#include "../native/round.h"
+#include "../native/tile.h"
+
+namespace xexport::XEXPORT_ISA {
+namespace {
+
+constexpr int64_t kMany = 12;    // tokens from which panels earn back their packing
+constexpr int64_t kAhead = 512;  // bytes of a row that are prefetched
+constexpr int64_t kBlock = 32;
+constexpr int64_t kBlockBytes = kBlock / 2;
+constexpr int kBlocksAtOnce = kNarrow / 16;
+
+typedef Of<16>::U8 Bytes16;
+typedef Of<kNarrow>::S8 Signed;
+typedef Of<kBytes>::U8 WideBytes;
+typedef Of<kBytes>::S8 WideSigned;
+typedef Of<kBytes>::S16 WideShorts;
+
+int64_t row_bytes(int64_t blocks, int64_t block) { return blocks * block; }
+int64_t scratch_size(const Product& p) {
+  const int64_t panel = kPanel * kDeep / 4, scales = (p.blocks + kGroup) * kGroup;
+  return (panel > scales ? panel : scales) + 64;
+}
+
+// The low bytes of four vectors, in order.
+XEXPORT_INLINE Signed low_bytes(const Ints* v) {
+  const auto a = (Signed)low_halves(v[0], v[1]), b = (Signed)low_halves(v[2], v[3]);
+#if defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40,
+                                 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+#endif
+}
+
+void quantize(const float* x, int64_t depth, int64_t blocks, int64_t, uint8_t* codes, float* scales,
+              int32_t* offsets) {
+  constexpr int kParts = kBlock / kGroup;  // vectors of a block
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t at = b * kBlock, left = depth - at < kBlock ? depth - at : kBlock;
+    const Rounding rounding = rounding_of(x + at, left, 127.0f);
+    scales[b] = rounding.scale;
+    Ints v[kParts], halves[kParts], total = {};
+    for (int i = 0; i < kParts; ++i) total += v[i] = rounded(rounding, x + at, i * kGroup, left);
+    for (int i = 0; i < kParts; i += 2) split(v[i], v[i + 1], halves[i / 2], halves[(kParts + i) / 2]);
+    for (int i = 0; i < kParts; i += 4) write(codes + at + i * kGroup, low_bytes(halves + i));
+    offsets[b] = 8 * sum_of(total);
+  }
+}
+
+// kBlocksAtOnce blocks of codes, or the last one alone.
+template <bool All>
+XEXPORT_INLINE Bytes read_codes(const uint8_t* p) {
+  if constexpr (All || kBlocksAtOnce == 1) {
+    return read<Bytes>(p);
+  } else {
+    Bytes v = {};
+    std::memcpy(&v, p, 16);
+    return v;
+  }
+}
+
+// The even (from 0) or odd (from 16) activations of kBlocksAtOnce blocks.
+template <bool All>
+XEXPORT_INLINE Signed read_numbers(const uint8_t* p) {
+#if defined(__AVX2__)
+  const __m128i low = read<__m128i>(p);
+  return (Signed)_mm256_inserti128_si256(_mm256_castsi128_si256(low), All ? read<__m128i>(p + kBlock) : __m128i{}, 1);
+#else
+  return read<Signed>(p);
+#endif
+}
+
+// Scales [blocks, kGroup] of kGroup rows, one row a lane.
+template <bool Whole>
+XEXPORT_INLINE void group_scales(const Product& p, int64_t row, int64_t step, int64_t count, float* to) {
+  const uint16_t* scales = static_cast<const uint16_t*>(p.scales) + row * p.blocks;
+  const uint16_t* from[kGroup];
+  for (int r = 0; r < kGroup; ++r) from[r] = scales + (Whole || r < count ? r : count - 1) * step * p.blocks;
+  int64_t b = 0;
+  for (; b + kGroup <= p.blocks; b += kGroup) {
+    Ints v[kGroup];
+    for (int r = 0; r < kGroup; ++r) v[r] = (Ints)read_halves(from[r] + b);
+    transpose_group(v);
+    for (int r = 0; r < kGroup; ++r) write(to + (b + r) * kGroup, v[r]);
+  }
+  for (; b < p.blocks; ++b) {
+    for (int r = 0; r < kGroup; ++r) to[b * kGroup + r] = half_to_float(from[r][b]);
+  }
+}
+
+// Sums of products of kGroup rows with kBlocksAtOnce blocks of one token: sums[i] is of block i, a row a lane.
+template <bool Whole, bool All, bool Ahead>
+XEXPORT_INLINE void block_sums(const uint8_t* w, int64_t stride, int64_t count, const uint8_t* x, Ints* sums) {
+  const Signed even = read_numbers<All>(x), odd = read_numbers<All>(x + 16);
+  Shorts parts[kGroup];
+#pragma GCC unroll 8
+  for (int r = 0; r < kGroup; ++r) {
+    const uint8_t* at = w + (Whole || r < count ? r : count - 1) * stride;
+    if (Ahead) prefetch(at + kAhead);
+    const Bytes v = read_codes<All>(at);
+    const Bytes low = v & 15, high = (Bytes)((Words)v >> 4) & 15;
+    parts[r] = madd_nibbles<kNarrow>(low, even) + madd_nibbles<kNarrow>(high, odd);
+  }
+  const Shorts ones = Shorts{} + 1;
+  const Ints first = madd<kNarrow>(four_sums(parts[0], parts[1], parts[2], parts[3]), ones);
+#if defined(__AVX2__)
+  const Ints second = madd<kNarrow>(four_sums(parts[4], parts[5], parts[6], parts[7]), ones);
+  sums[0] = lower(first, second);
+  sums[1] = upper(first, second);
+#else
+  sums[0] = first;
+#endif
+}
+
+// As in linear_int8: rows row, row + step ... with one token.
+template <bool Whole>
+void group(const Product& p, int64_t row, int64_t step, int64_t count, int64_t token, const float* scales) {
+  const int64_t stride = step * p.blocks * kBlockBytes;
+  const uint8_t* w = p.codes + row * p.blocks * kBlockBytes;
+  const uint8_t* x = p.quantized.codes + token * p.quantized.row_bytes;
+  const float* x_scales = p.quantized.scales + token * p.blocks;
+  const int32_t* offsets = p.quantized.offsets + token * p.blocks;
+  Floats result = {};
+  const auto add = [&](int64_t b, Ints sums) __attribute__((always_inline)) {
+    const Floats scale = read<Floats>(scales + b * kGroup) * all_floats(x_scales[b]);
+    result += to_floats(sums - all_ints(offsets[b])) * scale;
+  };
+  Ints sums[kBlocksAtOnce];
+  int64_t b = 0;
+  for (; b + 2 * kBlocksAtOnce <= p.blocks; b += 2 * kBlocksAtOnce) {
+    block_sums<Whole, true, true>(w + b * kBlockBytes, stride, count, x + b * kBlock, sums);
+    for (int i = 0; i < kBlocksAtOnce; ++i) add(b + i, sums[i]);
+    const int64_t next = b + kBlocksAtOnce;
+    block_sums<Whole, true, false>(w + next * kBlockBytes, stride, count, x + next * kBlock, sums);
+    for (int i = 0; i < kBlocksAtOnce; ++i) add(next + i, sums[i]);
+  }
+  for (; b + kBlocksAtOnce <= p.blocks; b += kBlocksAtOnce) {
+    block_sums<Whole, true, false>(w + b * kBlockBytes, stride, count, x + b * kBlock, sums);
+    for (int i = 0; i < kBlocksAtOnce; ++i) add(b + i, sums[i]);
+  }
+  if (b < p.blocks) {
+    block_sums<Whole, false, false>(w + b * kBlockBytes, stride, count, x + b * kBlock, sums);
+    add(b, sums[0]);
+  }
+  float* y = p.y + token * p.columns + row;
+  for (int64_t r = 0; r < (Whole ? kGroup : count); ++r) y[r * step] = result[r];
+}
+
+template <bool Whole>
+void tokens(const Product& p, int64_t row, int64_t step, int64_t count, float* scratch) {
+  group_scales<Whole>(p, row, step, count, scratch);
+  for (int64_t t = 0; t < p.tokens; ++t) group<Whole>(p, row, step, count, t, scratch);
+}
+
+void rows(const Product& p, int64_t first, int64_t last, float* scratch) {
+  const int64_t step = (last - first) / kGroup, rest = first + step * kGroup;
+  for (int64_t i = 0; i < step; ++i) tokens<true>(p, first + i, step, kGroup, scratch);
+  if (rest < last) tokens<false>(p, rest, 1, last - rest, scratch);
+}
+
+struct Format {
+  // Codes [from, to) of a panel's rows, as groups of four bytes with one row a lane.
+  static void pack(const Product& p, int64_t first, int64_t from, int64_t to, uint8_t* panel) {
+    const int64_t stride = p.blocks * kBlockBytes;
+    for (int64_t n = 0; n < kPanel; n += kGroup) {
+      const uint8_t* w[kGroup];
+      for (int r = 0; r < kGroup; ++r) {
+        const int64_t row = first + n + r;
+        w[r] = p.codes + (row < p.columns ? row : p.columns - 1) * stride;
+      }
+      uint8_t* out = panel + n * 4;
+      for (int64_t b = from / kBlock; b < to / kBlock; b += kBlocksAtOnce) {
+        const bool all = b + kBlocksAtOnce <= p.blocks;
+        Ints low[kGroup], high[kGroup];
+        for (int r = 0; r < kGroup; ++r) {
+          const uint8_t* at = w[r] + b * kBlockBytes;
+          const Bytes v = all ? read_codes<true>(at) : read_codes<false>(at);
+          low[r] = (Ints)(v & 15);
+          high[r] = (Ints)((Bytes)((Words)v >> 4) & 15);
+        }
+        transpose_group(low);
+        transpose_group(high);
+        for (int i = 0; i < (all ? kBlocksAtOnce : 1); ++i) {
+          for (int unit = 0; unit < 4; ++unit) {
+            write(out + unit * kPanel * 4, low[4 * i + unit]);
+            write(out + (4 + unit) * kPanel * 4, high[4 * i + unit]);
+          }
+          out += 8 * kPanel * 4;
+        }
+      }
+    }
+  }
+
+  static float scale(const Product& p, int64_t row, int64_t b) {
+    return half_to_float(static_cast<const uint16_t*>(p.scales)[row * p.blocks + b]);
+  }
+
+  XEXPORT_INLINE void sums(const uint8_t* panel, int64_t, const uint8_t* const* x, const int32_t* offsets,
+                                  const int64_t* at, IntVec (*sums)[kWidth]) {
+    WideShorts parts[kTall][kWidth] = {};
+    for (int64_t k = 0; k < kBlock; k += 4) {
+      WideBytes w[kWidth];
+      for (int v = 0; v < kWidth; ++v) w[v] = read<WideBytes>(panel + k * kPanel + v * kBytes);
+#pragma GCC unroll 12
+      for (int t = 0; t < kTall; ++t) {
+        const auto a = (WideSigned)(read<int32_t>(x[t] + k) - IntVec{});
+        for (int v = 0; v < kWidth; ++v) parts[t][v] += madd_nibbles<kBytes>(w[v], a);
+      }
+    }
+    const WideShorts ones = WideShorts{} + 1;
+#pragma GCC unroll 12
+    for (int t = 0; t < kTall; ++t) {
+      for (int v = 0; v < kWidth; ++v) sums[t][v] = madd<kBytes>(parts[t][v], ones) - offsets[at[t]];
+    }
+  }
+};
+
+}  // namespace
+
+const ProductLoops linear_int4_loops = {kGroup,       kPanel,   kMany, row_bytes,
+                                        scratch_size, quantize, rows,  quantized_tile<Format>};
+
+}  // namespace xexport::XEXPORT_ISA
