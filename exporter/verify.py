@@ -230,9 +230,13 @@ class OnnxForward:
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        kept: list[str] = []
         if _weight_bytes(graph) > _MAP_ABOVE:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            kept.append("ConstantFolding")  # it would transpose every weight that has one row an output
+        self._session = ort.InferenceSession(
+            str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=kept
+        )
         self._names = [i.name for i in self._session.get_inputs()]
         # an input with a default is not among the inputs
         self.keeps = any(i.name == KEEP_INPUT for i in self._session.get_overridable_initializers())

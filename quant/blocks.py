@@ -21,6 +21,9 @@ _SHRINK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
 #: blocks of smaller values are stored as zeros: their step would be a subnormal number, or zero
 _SMALLEST = 1e-30
 
+#: the smallest and the largest normal number of float16, and a factor 2 for the ranges that are tried
+_HALF = (2.0**-13, 65504.0)
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -29,6 +32,12 @@ class Blocks:
     codes: Array
     scales: Array
     zero: int
+
+    @property
+    def are_half(self) -> bool:
+        """Whether float16 holds every scale exactly."""
+        with np.errstate(over="ignore"):
+            return bool(np.array_equal(self.scales.astype(np.float16).astype(np.float32), self.scales))
 
     def dequantize(self) -> Array:
         """float32 [rows, blocks * size]."""
@@ -45,8 +54,12 @@ def block_size_for(depth: int, bits: int) -> int:
     return next((size for size in wanted if depth % size == 0), 32)
 
 
-def quantize_blocks(matrix: Array, bits: int, size: int) -> Blocks:
-    """Quantize float32 [rows, depth] in blocks of ``size`` along depth (zero padded)."""
+def quantize_blocks(matrix: Array, bits: int, size: int, *, half_scales: bool = False) -> Blocks:
+    """Quantize float32 [rows, depth] in blocks of ``size`` along depth (zero padded).
+
+    ``half_scales`` asks for scales that float16 holds exactly; where one would be below its normal numbers
+    or beyond its largest, all of them stay float32.
+    """
     rows, depth = matrix.shape
     padded = -depth % size
     if padded:
@@ -60,6 +73,8 @@ def quantize_blocks(matrix: Array, bits: int, size: int) -> Blocks:
     scales = np.empty(largest.shape, np.float32)
     for shrink in _SHRINK[bits]:
         scale = np.where(largest > _SMALLEST, largest * (shrink / top), 1.0).astype(np.float32)
+        if half_scales and _HALF[0] <= float(scale.min()) and float(scale.max()) <= _HALF[1]:
+            scale = scale.astype(np.float16).astype(np.float32)
         levels = np.clip(np.rint(blocks / scale[..., None]), -zero, top)
         error = np.square(levels * scale[..., None] - blocks).sum(axis=2)
         better = error < best_error

@@ -50,6 +50,18 @@ _ROWS: dict[str, tuple[float, str]] = {
         0.02,
         "RMS of the difference over RMS: 8-bit codes of weights and activations are off by 0.6% each",
     ),
+    "product_int8": (
+        1e-4,
+        "RMS over RMS: activations of 16 bits with a scale a block, 2^-16 of its largest",
+    ),
+    "product_int4": (
+        0.02,
+        "RMS over RMS of uncorrelated products: activations of 8 bits, 0.3% of a block's largest",
+    ),
+    "pass_fp32": (3e-6, "as op_fp32: the same product"),
+    "pass_fp16": (1e-3, "RMS over RMS: 11 bits a weight"),
+    "pass_int8": (0.02, "as int8_products: without the kernel activations have 8 bits as well"),
+    "pass_int4": (0.12, "RMS over RMS: 4 bits a weight in blocks of 32 of a normal matrix, 0.1"),
     "tiny_logits_fp32": (1e-5, "RMS of the difference over RMS: float sums in another order"),
     "tiny_logits_fp16": (2e-3, "RMS over RMS: 11 bits, 2e-4 a weight, over two layers"),
     "tiny_logits_int8": (0.05, "RMS over RMS: 0.6% a weight, over two layers of some ten products"),

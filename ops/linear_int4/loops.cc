@@ -134,7 +134,7 @@ void group(const Product& p, int64_t row, int64_t step, int64_t count, int64_t t
   Floats result = {};
   const auto add = [&](int64_t b, Ints sums) __attribute__((always_inline)) {
     const Floats scale = read<Floats>(scales + b * kGroup) * all_floats(x_scales[b]);
-    result += to_floats(sums - all_ints(offsets[b])) * scale;
+    result = fused<Floats>(to_floats(sums - all_ints(offsets[b])), scale, result);
   };
   Ints sums[kBlocksAtOnce];
   int64_t b = 0;

@@ -1,1 +1,1 @@
-"""The RWKV-7 recurrence (generalised delta rule): definition, ONNX bodies, differentiable chunk form."""
+"""Product with 8-bit block-wise weights: definition and ONNX body."""

@@ -40,7 +40,8 @@ SPEC = OpSpec(
     bodies={
         "matmul_nbits": Body(
             _matmul_nbits,
-            "the native kernel reads the same bytes; without it ONNX Runtime's MatMulNBits, activations in 8 bits",
+            "the native kernel reads the same bytes and keeps 16 bits of the activations; without it ONNX "
+            "Runtime's MatMulNBits keeps 8",
         )
     },
 )

@@ -88,7 +88,7 @@ XEXPORT_INLINE void group(const Product& p, int64_t row, int64_t step, int64_t c
     for (int t = 0; t < Tokens; ++t) {
       const int64_t at = (token + t) * p.blocks + b;
       const Ints sum = group_sums(parts[t]) - all_ints(p.quantized.offsets[at]);
-      result[t] += to_floats(sum) * (scale * all_floats(p.quantized.scales[at]));
+      result[t] = fused<Floats>(to_floats(sum), scale * all_floats(p.quantized.scales[at]), result[t]);
     }
   }
   for (int t = 0; t < Tokens; ++t) {

@@ -89,6 +89,23 @@ XEXPORT_INLINE typename Of<N>::S16 madd_nibbles(typename Of<N>::U8 u, typename O
 #endif
 }
 
+// a b + c, rounded once where the machine can. A compiler may also write it apart, in one loop and not in the
+// other; then they would differ in the last bit.
+template <class V>
+XEXPORT_INLINE V fused(V a, V b, V c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#endif
+#if defined(__FMA__)
+  if constexpr (sizeof(V) == 32) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#endif
+#if defined(__aarch64__)
+  return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
 // Element-wise sums of the 32-bit units of two vectors: {a0+a2, b0+b2, a1+a3, b1+b3} in every 16 bytes.
 // Applied twice, to four vectors, it leaves the four sums of every 16 bytes in their lanes.
 #if defined(__AVX2__)

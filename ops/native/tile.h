@@ -46,7 +46,7 @@ XEXPORT_INLINE void block_tile(const Product& p, const uint8_t* panel, int64_t b
     for (int v = 0; v < kWidth; ++v) {
       float* to = y + t * stride + v * kLanes;
       const Vec before = b == 0 ? Vec{} : load(to);
-      store(to, before + __builtin_convertvector(sums[t][v], Vec) * (scales[v] * scale));
+      store(to, fused<Vec>(__builtin_convertvector(sums[t][v], Vec), scales[v] * scale, before));
     }
   }
 }

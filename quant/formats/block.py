@@ -3,7 +3,9 @@
 Activations are quantized by the kernel per row and block (accuracy_level 4), so a token's result
 does not depend on its neighbours: the chunk law survives, which it does not when one scale covers
 a whole chunk (DynamicQuantizeMatMul), and nothing saturates on CPUs without VNNI. Measured in
-benchmarks/int8_formats.py. Matrices too small to gain take the other way (stored.py).
+benchmarks/int8_formats.py. The 4-bit scales are float16 where that holds them (4.5 bits a weight
+instead of 5). Where native kernels run, exporter/passes/products.py takes over from here: the same
+bytes, activations in 16 bits for 8-bit weights. Matrices too small to gain take the other way (stored.py).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from xexport.quant.blocks import block_size_for, quantize_blocks, relative_error
 from xexport.quant.formats import Context, Refusal, Stored
 from xexport.quant.formats.stored import FASTER_ABOVE, store
 
-__all__ = ["apply_int4", "apply_int8"]
+__all__ = ["apply_int4", "apply_int8", "to_float"]
 
 _MIN_DEPTH = 16
 _ACCURACY_LEVEL = 4  # int8 activations; level 0 is 36 times slower at 8 bits
@@ -46,18 +48,23 @@ def _apply(context: Context, value: ir.Value, bits: int) -> Stored | Refusal:
         _drop_unused(context, value)
         return stored
     size = block_size_for(depth, bits)
-    blocks = quantize_blocks(matrix, bits, size)
+    blocks = quantize_blocks(matrix, bits, size, half_scales=bits == 4)
     codes = blocks.codes
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
     name = value.name or ""
     b = context.initializer(f"{name}.int{bits}", context.spool.put(name, codes))
-    s = context.initializer(f"{name}.scale", context.spool.put(name, blocks.scales))
+    scales = blocks.scales
+    if bits == 4 and blocks.are_half:
+        scales = scales.astype(np.float16)
+    s = context.initializer(f"{name}.scale", context.spool.put(name, scales))
+    if scales.dtype == np.float16:
+        s = to_float(context, s)
     for node in products:
         _rewrite(context, node, b, s, bits, depth, columns, size)
     _drop_unused(context, value)
     error = relative_error(matrix, blocks.dequantize()[:, :depth])
-    return Stored(f"int{bits} block {size}", codes.nbytes + blocks.scales.nbytes, error)
+    return Stored(f"int{bits} block {size}", codes.nbytes + scales.nbytes, error)
 
 
 def _products(value: ir.Value) -> tuple[list[ir.Node], np.ndarray | None]:
@@ -102,6 +109,16 @@ def _rewrite(
     ir.convenience.replace_all_uses_with(old, new.outputs[0], replace_graph_outputs=True)
     graph.remove(node, safe=True)
     context.model.opset_imports.setdefault("com.microsoft", 1)
+
+
+def to_float(context: Context, half: ir.Value) -> ir.Value:
+    """A Cast to float32 at the front of the graph; ONNX Runtime folds it when the session opens."""
+    name = f"{half.name}/Cast"
+    cast = ir.Node("", "Cast", [half], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], name=name)
+    result = cast.outputs[0]
+    result.name, result.type, result.shape = name, ir.TensorType(ir.DataType.FLOAT), half.shape
+    context.model.graph.insert_before(context.model.graph[0], cast)
+    return result
 
 
 def _drop_unused(context: Context, value: ir.Value) -> None:

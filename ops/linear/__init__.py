@@ -1,0 +1,1 @@
+"""Product with float weights as a checkpoint has them: definition and ONNX body."""
