@@ -209,7 +209,7 @@ def test_int8_of_a_module_large_enough_for_8_bit_products(export: Export) -> Non
     assert formats["embed.weight"] == "int8 per row"
     assert formats["rate"] == "float32"
     graph = onnx.load(bundle.path / "model.onnx", load_external_data=False).graph
-    assert [n.name for n in graph.node if n.op_type == "linear_int8"] == ["mix/linear_int8"]
+    assert [n.name for n in graph.node if n.op_type == "MatMulNBits"] == ["mix/MatMulNBits"]
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 30))
     want = TorchStream(module, batch=2).feed(tokens)
     stream = bundle.stream(batch=2)

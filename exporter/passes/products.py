@@ -30,6 +30,8 @@ def rewrite(model: ir.Model) -> list[Refusal]:
     for node in list(model.graph):
         if (node.domain, node.op_type) not in (("", "MatMul"), ("com.microsoft", "MatMulNBits")):
             continue
+        if node.graph is None:  # replaced with another product of the same weight
+            continue
         try:
             if node.domain:
                 _quantized(model, node)
@@ -72,9 +74,18 @@ def _float(model: ir.Model, node: ir.Node) -> None:
     if x.const_value is not None and right.const_value is None:
         raise _Refused("its weight is on the left-hand side")
     weight, swapped = _weight_of(right)
-    if not swapped:
-        weight = _rows_first(model, weight)
-    _replace(model, node, "linear", [x, weight], {})
+    if swapped:
+        _replace(model, node, "linear", [x, weight], {})
+        return
+    if right is not weight:
+        raise _Refused("its float16 weight has one column an output")
+    uses = list(weight.uses())
+    if not all(n.op_type == "MatMul" and not n.domain and i == 1 for n, i in uses):
+        raise _Refused("another node reads its weight as it lies")
+    _turn(weight)
+    for user, _ in uses:
+        assert user.inputs[0] is not None
+        _replace(model, user, "linear", [user.inputs[0], weight], {})
 
 
 def _weight_of(value: ir.Value) -> tuple[ir.Value, bool]:
@@ -116,29 +127,21 @@ def _cast_from(value: ir.Value, dtype: ir.DataType) -> ir.Value | None:
     return producer.inputs[0] if producer.inputs[0].dtype == dtype else None
 
 
-def _rows_first(model: ir.Model, value: ir.Value) -> ir.Value:
-    """The weight ``[K,N]`` transposed: a view that is read when it is written, one tensor at a time."""
-    name = f"{value.name}.rows"
-    if name in model.graph.initializers:
-        return model.graph.initializers[name]
+def _turn(value: ir.Value) -> None:
+    """Store a weight ``[K,N]`` transposed under its own name: a view, read when it is written."""
     tensor = value.const_value
     assert tensor is not None
     assert value.dtype is not None
-    turned: ir.TensorProtocol
     if isinstance(tensor, CheckpointTensor):
-        turned = tensor.transposed()
+        value.const_value = tensor.transposed()
     else:
-        turned = ir.LazyTensor(
+        value.const_value = ir.LazyTensor(
             lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy().T)),
             dtype=value.dtype,
             shape=ir.Shape(tuple(reversed(tensor.shape.numpy()))),
-            name=name,
+            name=value.name,
         )
-    made = ir.Value(
-        name=name, type=ir.TensorType(value.dtype), shape=ir.Shape(turned.shape.numpy()), const_value=turned
-    )
-    model.graph.register_initializer(made)
-    return made
+    value.shape = ir.Shape(value.const_value.shape.numpy())
 
 
 def _replace(
