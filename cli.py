@@ -331,6 +331,117 @@ def report(bundles: tuple[Path, ...], out: Path, as_json: bool, quiet: bool) -> 
 
 
 @cli.command()
+@click.argument("names", nargs=-1, required=True, metavar="BUNDLE|MODEL...")
+@click.option(
+    "--target", metavar="T", default="cpu-fp32", show_default=True, help="What MODELs are exported for."
+)
+@click.option("--preset", metavar="N", help="A size that every MODEL has, with random weights.")
+@click.option(
+    "--parameters",
+    metavar="N",
+    help="Instead: each MODEL's preset nearest to N parameters, as in 1.2M or 130M.",
+)
+@click.option(
+    "--out",
+    type=_PATH,
+    metavar="D",
+    default=Path(),
+    help="The folder of new bundles and of the report. [default: here]",
+)
+@click.option(
+    "-o",
+    "--report",
+    "report_path",
+    type=_PATH,
+    metavar="F",
+    help="The report, a .html, .md or .json file. [default: OUT/compare.html]",
+)
+@click.option(
+    "--position",
+    "positions",
+    type=int,
+    multiple=True,
+    metavar="N",
+    help="Time steps after N tokens; may be repeated.",
+)
+@click.option(
+    "--prefill", type=int, multiple=True, metavar="N", help="Length of a prefill to time; may be repeated."
+)
+@click.option(
+    "--rounds", type=int, default=12, show_default=True, help="Rounds at each position; more is surer."
+)
+@click.option("--threads", type=int, default=0, show_default=True, help="0 takes every core.")
+@click.option("--force", is_flag=True, help="Export again what is in OUT already.")
+@_json_option
+@_quiet_option
+def compare(
+    names: tuple[str, ...],
+    target: str,
+    preset: str | None,
+    parameters: str | None,
+    out: Path,
+    report_path: Path | None,
+    positions: tuple[int, ...],
+    prefill: tuple[int, ...],
+    rounds: int,
+    threads: int,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare models side by side: BUNDLEs, or MODELs that are exported first.
+
+    Accuracy, prefill, step time and state, also far along the stream, where a Transformer's step grows
+    with its cache and a recurrent one's stays. All take turns in one process, round by round, so that
+    a busy machine slows them alike; who is faster is said with its interval. The measurements are kept
+    in the bundles, and `xexport report` shows them again.
+
+    A MODEL is exported from the trained checkpoint that ships with xexport, or with --preset or
+    --parameters at one size with random weights: speed and state are the same then, accuracy is not.
+
+    \b
+    xexport compare rwkv-cpu-int8 mamba-cpu-int8
+    xexport compare rwkv mamba retnet hyena --target cpu-int8 --out compared
+    xexport compare rwkv mamba transformer --preset zoo --position 100 --position 1900
+    xexport compare rwkv mamba transformer --parameters 130M -o compare.md
+    """
+    from xexport import pipeline
+
+    with _working(quiet) as progress:
+        record = pipeline.compare(
+            names,
+            target=target,
+            preset=preset,
+            parameters=_parameters(parameters),
+            out=out,
+            report_path=report_path,
+            positions=positions or None,
+            prefill=prefill or None,
+            rounds=rounds,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
+    _print("compare", record, as_json)
+
+
+def _parameters(text: str | None) -> int | None:
+    """``1.2M`` -> 1 200 000."""
+    if text is None:
+        return None
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:].upper(), 1.0)
+    try:
+        count = float(text if scale == 1.0 else text[:-1]) * scale
+    except ValueError:
+        count = math.nan
+    if not 1 <= count < 1e13:
+        raise InputError(
+            "bad number of parameters", got=text, allowed="a number such as 1200000, 1.2M, 130M or 7B"
+        )
+    return round(count)
+
+
+@cli.command()
 @_json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine has and what runs here.

@@ -9,15 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 
 from xexport.core.errors import InputError, OutputError
 from xexport.core.manifest import KEEP_INPUT, MANIFEST_NAME, Manifest, ModelInfo, encode_manifest
-from xexport.core.progress import Progress, Silent
+from xexport.core.progress import KeptOpen, Progress, Silent
 from xexport.core.records import Record
-from xexport.core.registry import family_names, family_title
+from xexport.core.registry import family_aliases, family_names, family_title
 from xexport.core.results import RESULTS_NAME, append_records, read_records
 from xexport.core.target import Target, get_target, target_names
 from xexport.runtimes.bundle import Bundle, load
@@ -34,7 +34,18 @@ if TYPE_CHECKING:
     from xexport.models._resolve import Source
     from xexport.runtimes.torch_eager import TorchStream
 
-__all__ = ["doctor", "export", "inspect", "models", "profile", "report", "summary", "targets", "validate"]
+__all__ = [
+    "compare",
+    "doctor",
+    "export",
+    "inspect",
+    "models",
+    "profile",
+    "report",
+    "summary",
+    "targets",
+    "validate",
+]
 
 REPORT_NAME = "report.html"
 _LARGE = 1 << 28  # parameters: a float32 copy of more is not made where it can be avoided
@@ -449,6 +460,174 @@ def report(bundle_paths: Sequence[str | Path], out: str | Path, *, progress: Pro
         return write_report(Path(out), [read_entry(Path(p)) for p in bundle_paths])
     finally:
         progress.close()
+
+
+def compare(
+    names: Sequence[str | Path],
+    *,
+    target: str = "cpu-fp32",
+    preset: str | None = None,
+    parameters: int | None = None,
+    out: str | Path = ".",
+    report_path: str | Path | None = None,
+    positions: Sequence[int] | None = None,
+    prefill: Sequence[int] | None = None,
+    rounds: int = 12,
+    threads: int = 0,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure several bundles in turns and write one report about them.
+
+    Args:
+        names: bundles (folders), or families, which are exported first: the trained checkpoint that
+            ships with xexport, or a preset with random weights.
+        target: what families are exported for.
+        preset: a size that every named family has; else the zoo's checkpoint.
+        parameters: instead of ``preset``, each family's preset nearest to that many parameters.
+        out: the folder of new bundles and of the report. A bundle that is there and is of the same
+            family, target and weights is taken as it is.
+        report_path: the report, ``OUT/compare.html`` by default; the suffix picks the form.
+        positions: where in the stream steps are timed; as far as the bounded models go by default.
+        prefill: lengths of prefills; 128 and 512 by default.
+        rounds: rounds at each position; every bundle makes four steps in each.
+        threads: 0 takes every core.
+        force: export again what is there.
+
+    Returns:
+        What ``--json`` prints: report/compared.py, with ``report`` and ``bundles``.
+
+    Raises:
+        InputError, UnknownNameError: a name that is neither a bundle nor a family, fewer than two of
+            them, an unknown suffix, no preset of about that size, or a position that none can reach.
+        XexportError: an export failed; what was exported before stays.
+    """
+    from xexport.evaluate.rivals import measure_bundles
+    from xexport.report.compared import comparison
+    from xexport.report.entries import read_entry
+    from xexport.report.write import check_suffix, write_report
+
+    progress = progress or Silent()
+    written = Path(report_path) if report_path is not None else Path(out) / "compare.html"
+    check_suffix(written)
+    try:
+        plans = _plans(names, target, preset, parameters, Path(out))
+        bundles = [_made(plan, force, progress) for plan in plans]
+        rows = measure_bundles(
+            bundles, positions=positions, prefill=prefill, rounds=rounds, threads=threads, progress=progress
+        )
+        written_rows = [_record(bundle, [row]) for bundle, row in zip(bundles, rows, strict=True)]
+        kept = all(written_rows)
+        progress.stage("report")
+        entries = [read_entry(bundle.path) for bundle in bundles]
+        for index, done in enumerate(written_rows):
+            if not done:  # a read-only bundle: the report has its new row all the same
+                entries[index] = entries[index]._replace(records=[*entries[index].records, rows[index]])
+        written.parent.mkdir(parents=True, exist_ok=True)
+        write_report(written, entries)
+    except OSError as error:
+        raise OutputError("the report can't be written", got=f"{written}: {error.strerror}") from error
+    finally:
+        progress.close()
+    return {
+        **comparison(entries),
+        "report": str(written),
+        "bundles": [str(b.path) for b in bundles],
+        "recorded": kept,
+    }
+
+
+class _Plan(NamedTuple):
+    """A bundle of a comparison: where it is or will be, and what to export if it is not there."""
+
+    path: Path
+    family: str | None
+    target: str
+    preset: str | None
+
+
+def _plans(
+    names: Sequence[str | Path], target: str, preset: str | None, parameters: int | None, out: Path
+) -> list[_Plan]:
+    """What to measure, all of it checked before the first export begins."""
+    if len(names) < 2:
+        raise InputError(
+            "a comparison needs at least two bundles or families",
+            got=", ".join(map(str, names)) or "none",
+            fix="name another; `xexport models` lists the families",
+        )
+    if preset is not None and parameters is not None:
+        raise InputError("--preset and --parameters exclude each other")
+    get_target(target)
+    plans = [_plan(str(name), target, preset, parameters, out) for name in names]
+    paths = [p.path.resolve() for p in plans]
+    twice = next((p for p in paths if paths.count(p) > 1), None)
+    if twice is not None:
+        raise InputError("a bundle is named twice", got=twice)
+    return plans
+
+
+def _plan(name: str, target: str, preset: str | None, parameters: int | None, out: Path) -> _Plan:
+    if (Path(name) / MANIFEST_NAME).is_file():
+        return _Plan(Path(name), None, target, None)
+    aliases = family_aliases()
+    if name not in family_names() and name not in aliases:
+        raise InputError(
+            f"{name!r} is neither a bundle nor a model",
+            got=f"{name}: a folder without {MANIFEST_NAME}" if Path(name).is_dir() else name,
+            allowed=f"folders that xexport wrote, or {', '.join(family_names())}",
+            fix="`xexport models` lists the models",
+        )
+    family = aliases.get(name, name)
+    if parameters is not None:
+        from xexport.models._sizes import nearest_preset
+
+        preset = nearest_preset(family, parameters)
+    elif preset is None:
+        _require_zoo(family)
+    middle = f"-{preset}" if preset else ""
+    return _Plan(out / f"{family}{middle}-{target}", family, target, preset)
+
+
+def _require_zoo(family: str) -> None:
+    from xexport.zoo import checkpoint_path, shipped
+
+    if checkpoint_path(family) is None:
+        raise InputError(
+            f"xexport ships no trained checkpoint of {family}",
+            allowed=f"trained ones: {', '.join(shipped())}",
+            fix="compare random weights of one size with --preset zoo (speed and state are the same, "
+            "accuracy says nothing), or export your checkpoint and name its folder",
+        )
+
+
+def _made(plan: _Plan, force: bool, progress: Progress) -> Bundle:
+    """The bundle of a plan, exported now unless it is there already."""
+    if plan.family is None:
+        return load(plan.path, verify=False)
+    if (plan.path / MANIFEST_NAME).is_file() and not force:
+        bundle = load(plan.path, verify=False)
+        found = bundle.manifest
+        wanted = f"preset {plan.preset}" if plan.preset else f"{plan.family}.safetensors"
+        source = found.model.source.split(",", 1)[0]
+        if (found.model.family, found.target, source) == (plan.family, plan.target, wanted):
+            return bundle
+        raise OutputError(
+            f"{plan.path} is another bundle",
+            got=f"{found.model.family} for {found.target}, from {found.model.source}",
+            allowed=f"{plan.family} for {plan.target}, from {wanted}",
+            fix="name another folder with --out, or replace it with --force",
+        )
+    plan.path.parent.mkdir(parents=True, exist_ok=True)
+    progress.stage(f"export {plan.family}")
+    return export(
+        plan.family,
+        target=plan.target,
+        out=plan.path,
+        preset=plan.preset,
+        force=force,
+        progress=KeptOpen(progress),
+    )
 
 
 def inspect(bundle_path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Protocol, TextIO
 
-__all__ = ["PlainProgress", "Progress", "RichProgress", "Silent", "for_terminal"]
+__all__ = ["KeptOpen", "PlainProgress", "Progress", "RichProgress", "Silent", "for_terminal"]
 
 
 class Progress(Protocol):
@@ -30,6 +30,22 @@ class Silent:
 
     def advance(self, steps: int = 1) -> None:
         pass
+
+    def close(self) -> None:
+        pass
+
+
+class KeptOpen:
+    """Hands everything on but the end: for one part of longer work, which closes its own."""
+
+    def __init__(self, whole: Progress) -> None:
+        self._whole = whole
+
+    def stage(self, title: str, total: int | None = None) -> None:
+        self._whole.stage(title, total)
+
+    def advance(self, steps: int = 1) -> None:
+        self._whole.advance(steps)
 
     def close(self) -> None:
         pass

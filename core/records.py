@@ -32,6 +32,8 @@ __all__ = [
     "Prefill",
     "Record",
     "Setup",
+    "Together",
+    "Turns",
     "Window",
 ]
 
@@ -381,6 +383,50 @@ class PairedLatency(msgspec.Struct, frozen=True, tag_field="kind", tag="paired_l
         return stats.median_ratio(self.other_ns, self.ns)
 
 
+class Turns(msgspec.Struct, frozen=True):
+    """Raw times of one kind of call, one row of samples a round.
+
+    ``at``: where in the stream the steps began, or of how many tokens the prefill was.
+    """
+
+    at: int
+    ns: tuple[tuple[int, ...], ...]
+
+    @property
+    def median_ms(self) -> float:
+        return stats.percentile([n for row in self.ns for n in row], 50) / 1e6
+
+
+class Together(msgspec.Struct, frozen=True, tag_field="kind", tag="together"):
+    """One bundle's share of a comparison in which several bundles took turns, round by round.
+
+    Every bundle of a comparison keeps a row of its own, with the same ``run`` and ``members``. Row i of
+    ``steps[...].ns`` was timed in the same round as row i of the others at that position, so ratios are
+    taken round by round (:func:`xexport.core.stats.median_ratio`).
+
+    Attributes:
+        run: names the comparison; equal in the rows of all its bundles.
+        members: the bundles that took turns, in the order given.
+        steps: single-token calls at increasing positions of the stream.
+        prefill: calls on an empty state, by length; the logits after the last token are asked for.
+    """
+
+    setup: Setup
+    run: str
+    members: tuple[str, ...]
+    batch: int
+    steps: tuple[Turns, ...] = ()
+    prefill: tuple[Turns, ...] = ()
+
+    def step_at(self, position: int) -> Turns | None:
+        """The steps that began at ``position``, if they were timed."""
+        return next((t for t in self.steps if t.at == position), None)
+
+    def prefill_of(self, length: int) -> Turns | None:
+        """The prefills of ``length`` tokens, if they were timed."""
+        return next((t for t in self.prefill if t.at == length), None)
+
+
 class Memory(msgspec.Struct, frozen=True, tag_field="kind", tag="memory"):
     """Resident memory of a fresh process that loads a bundle and streams; bytes.
 
@@ -476,7 +522,7 @@ class Bandwidth(msgspec.Struct, frozen=True, tag_field="kind", tag="bandwidth"):
         return _ratio(self.floor_ms, step_ms)
 
 
-Record = Fidelity | Drift | ChunkLaw | Latency | PairedLatency | Memory | OpTimes | Bandwidth
+Record = Fidelity | Drift | ChunkLaw | Latency | PairedLatency | Together | Memory | OpTimes | Bandwidth
 
 
 def _array(values: PerToken | NDArray[np.float64]) -> NDArray[np.float64]:

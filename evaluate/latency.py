@@ -16,7 +16,15 @@ from xexport.core.progress import Progress, Silent
 from xexport.core.records import AtPosition, Latency, PairedLatency, Prefill, Setup
 from xexport.core.runner import Runner
 
-__all__ = ["measure_latency", "paired_latency"]
+__all__ = [
+    "TokenSource",
+    "measure_latency",
+    "paired_latency",
+    "quiet",
+    "time_prefill_once",
+    "time_steps",
+    "walk_to",
+]
 
 
 def measure_latency(
@@ -55,7 +63,7 @@ def measure_latency(
         InputError: no tokens, or a stream limit too short for the steps asked for.
     """
     progress = progress or Silent()
-    source = _Source(tokens, runner.batch)
+    source = TokenSource(tokens, runner.batch)
     limit = runner.max_tokens
     if limit is not None and warmup + steps > limit:
         warmup = min(warmup, limit // 4)
@@ -65,9 +73,9 @@ def measure_latency(
     progress.stage("latency", 1 + len(lengths) + len(places) + (loads if open_runner else 0))
 
     runner.reset()
-    with _quiet():
-        _time_steps(runner, source, warmup)
-        step_ns = _time_steps(runner, source, steps)
+    with quiet():
+        time_steps(runner, source, warmup)
+        step_ns = time_steps(runner, source, steps)
     progress.advance()
     calls = []
     for length in lengths:
@@ -78,10 +86,10 @@ def measure_latency(
     runner.reset()
     far = []
     for place in sorted(places):
-        _walk_to(runner, source, place)
-        with _quiet():
-            _time_steps(runner, source, 1)
-            far.append(AtPosition(place, _time_steps(runner, source, samples - 1)))
+        walk_to(runner, source, place)
+        with quiet():
+            time_steps(runner, source, 1)
+            far.append(AtPosition(place, time_steps(runner, source, samples - 1)))
         progress.advance()
     runner.reset()
     prompt = min(prompt, limit or prompt)
@@ -121,26 +129,26 @@ def paired_latency(
     """
     progress = progress or Silent()
     progress.stage(f"{setup.runner} against {other_name}", rounds)
-    source = _Source(tokens, runner.batch)
+    source = TokenSource(tokens, runner.batch)
     pair = (runner, other)
     limits = [r.max_tokens for r in pair if r.max_tokens is not None]
     if limits:
         rounds = max(1, min(rounds, (min(limits) - warmup) // steps))
     kept: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] = ([], [])
-    with _quiet():
+    with quiet():
         for each in pair:
             each.reset()
-            _time_steps(each, source, warmup)
+            time_steps(each, source, warmup)
         for number in range(rounds):
             for index in ((0, 1), (1, 0))[number % 2]:
-                kept[index].append(_time_steps(pair[index], source, steps))
+                kept[index].append(time_steps(pair[index], source, steps))
             progress.advance()
     for each in pair:
         each.reset()
     return PairedLatency(setup=setup, other=other_name, ns=tuple(kept[0]), other_ns=tuple(kept[1]))
 
 
-class _Source:
+class TokenSource:
     """An endless text as ``[B,T]`` pieces."""
 
     def __init__(self, tokens: Sequence[int] | Any, batch: int) -> None:
@@ -157,7 +165,7 @@ class _Source:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No garbage collection while timing: its pauses are the harness's, not the model's."""
     enabled = gc.isenabled()
     gc.collect()
@@ -169,7 +177,8 @@ def _quiet() -> Iterator[None]:
             gc.enable()
 
 
-def _time_steps(runner: Runner, source: _Source, count: int) -> tuple[int, ...]:
+def time_steps(runner: Runner, source: TokenSource, count: int) -> tuple[int, ...]:
+    """Nanoseconds of ``count`` calls of one token each, from where the runner is."""
     pieces = [source.take(1) for _ in range(count)]
     samples = []
     for piece in pieces:
@@ -179,31 +188,33 @@ def _time_steps(runner: Runner, source: _Source, count: int) -> tuple[int, ...]:
     return tuple(samples)
 
 
-def _time_prefill(runner: Runner, source: _Source, length: int, repeats: int) -> tuple[int, ...]:
-    samples = []
-    for index in range(repeats + 1):
-        runner.reset()
-        piece = source.take(length)
-        with _quiet():
-            begin = time.perf_counter_ns()
-            runner.feed(piece, 1)
-            took = time.perf_counter_ns() - begin
-        if index:  # the first call of a length allocates
-            samples.append(took)
-    return tuple(samples)
+def _time_prefill(runner: Runner, source: TokenSource, length: int, repeats: int) -> tuple[int, ...]:
+    samples = [time_prefill_once(runner, source, length) for _ in range(repeats + 1)]
+    return tuple(samples[1:])  # the first call of a length allocates
 
 
-def _walk_to(runner: Runner, source: _Source, position: int, chunk: int = 256) -> None:
+def time_prefill_once(runner: Runner, source: TokenSource, length: int) -> int:
+    """Nanoseconds of one call that feeds ``length`` tokens to an empty state and keeps the last logits."""
+    runner.reset()
+    piece = source.take(length)
+    with quiet():
+        begin = time.perf_counter_ns()
+        runner.feed(piece, 1)
+        return time.perf_counter_ns() - begin
+
+
+def walk_to(runner: Runner, source: TokenSource, position: int, chunk: int = 256) -> None:
+    """Feed the runner up to a position of its stream, in chunks."""
     while (left := position - runner.position) > 0:
         runner.feed(source.take(min(chunk, left)), 1)
 
 
 def _time_loads(
-    open_runner: Callable[[], Runner], source: _Source, loads: int, prompt: int, progress: Progress
+    open_runner: Callable[[], Runner], source: TokenSource, loads: int, prompt: int, progress: Progress
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     load_ns, first_ns = [], []
     for _ in range(loads):
-        with _quiet():
+        with quiet():
             begin = time.perf_counter_ns()
             fresh = open_runner()
             opened = time.perf_counter_ns()

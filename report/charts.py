@@ -16,14 +16,19 @@ from xexport.report.pareto import Point, front, points
 from xexport.report.tables import sizes_by_role
 
 __all__ = [
+    "COLOURS",
     "drift_kl",
     "drift_state",
+    "figure_json",
     "latency_ecdf",
+    "log_axis",
     "op_times",
     "plotly_js",
     "position_times",
+    "safe_label",
     "scatter",
     "sizes",
+    "trace",
 ]
 
 #: Readable on light and dark, told apart by the colour blind (after Okabe and Ito).
@@ -66,15 +71,15 @@ def scatter(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str | None:
         line = {"color": "rgba(128,128,128,.8)", "dash": "dot", "width": 1.5, "shape": "hv"}
         traces.insert(
             0,
-            _trace("scatter", x=[p.ms for p in best], y=[p.bits for p in best], mode="lines", line=line,
+            trace("scatter", x=[p.ms for p in best], y=[p.bits for p in best], mode="lines", line=line,
                    name="Pareto front", hoverinfo="skip"),
         )  # fmt: skip
     layout = {
-        "xaxis": _log_axis("step time, median (ms) – less is better", [p.ms for p in found], room=1.25),
+        "xaxis": log_axis("step time, median (ms) – less is better", [p.ms for p in found], room=1.25),
         "yaxis": {"title": {"text": "bits per byte – less is better"}, "range": _span(found)},
         "height": 430,
     }
-    return _figure(traces, layout)
+    return figure_json(traces, layout)
 
 
 def _span(found: Sequence[Point]) -> list[float]:
@@ -86,7 +91,7 @@ def _span(found: Sequence[Point]) -> list[float]:
 
 def _point_trace(model: str, group: list[Point], colour: str) -> Any:
     symbols = {"torch": "circle-open", "onnx": "diamond-open", "bundle": "circle"}
-    return _trace(
+    return trace(
         "scatter",
         x=[p.ms for p in group],
         y=[p.bits for p in group],
@@ -129,10 +134,11 @@ def _drift(records: Sequence[Record], value: Any, title: str) -> str | None:
         if not any(v is not None for v in shown):
             continue
         labels = [
-            f"tokens {w.start:,} to {w.stop:,}<br>worst state {_safe(w.worst_state[0])}" for w in row.windows
+            f"tokens {w.start:,} to {w.stop:,}<br>worst state {safe_label(w.worst_state[0])}"
+            for w in row.windows
         ]
         traces.append(
-            _trace("scatter", x=[w.stop for w in row.windows], y=shown, mode="lines+markers", name=name,
+            trace("scatter", x=[w.stop for w in row.windows], y=shown, mode="lines+markers", name=name,
                    line={"color": colour, "width": 2}, text=labels, connectgaps=False,
                    hovertemplate="%{text}<br>%{y:.3g}<extra>%{fullData.name}</extra>")
         )  # fmt: skip
@@ -140,8 +146,8 @@ def _drift(records: Sequence[Record], value: Any, title: str) -> str | None:
         return None
     values = [v for t in traces for v in t.y if v is not None]
     stops = [v for t in traces for v in t.x]
-    return _figure(
-        traces, {"xaxis": _log_axis("token index", stops), "yaxis": _log_axis(title, values, least=10.0)}
+    return figure_json(
+        traces, {"xaxis": log_axis("token index", stops), "yaxis": log_axis(title, values, least=10.0)}
     )
 
 
@@ -157,21 +163,21 @@ def latency_ecdf(records: Sequence[Record]) -> str | None:
         line = {"color": colour, "width": 2, "shape": "hv"}
         hover = "%{y:.1%} of steps within %{x:.4g} ms<extra>%{fullData.name}</extra>"
         traces.append(
-            _trace("scatter", x=samples, y=shares, mode="lines", name=name, line=line, hovertemplate=hover)
+            trace("scatter", x=samples, y=shares, mode="lines", name=name, line=line, hovertemplate=hover)
         )
         marks = [(q, row.step_ms(q)) for q in (50, 90, 99)]
         traces.append(
-            _trace("scatter", x=[v for _, v in marks], y=[q / 100 for q, _ in marks], mode="markers",
+            trace("scatter", x=[v for _, v in marks], y=[q / 100 for q, _ in marks], mode="markers",
                    marker={"color": colour, "size": 8}, showlegend=False, text=[f"p{q}" for q, _ in marks],
                    hovertemplate="%{text}: %{x:.4g} ms<extra></extra>")
         )  # fmt: skip
     if not traces:
         return None
     layout = {
-        "xaxis": _log_axis("step time (ms)", [v for t in traces for v in t.x]),
+        "xaxis": log_axis("step time (ms)", [v for t in traces for v in t.x]),
         "yaxis": {"title": {"text": "share of steps"}, "tickformat": ".0%", "range": [0, 1.02]},
     }
-    return _figure(traces, layout)
+    return figure_json(traces, layout)
 
 
 def position_times(records: Sequence[Record]) -> str | None:
@@ -182,13 +188,13 @@ def position_times(records: Sequence[Record]) -> str | None:
         if row is None or len(row.positions) < 2:
             continue
         traces.append(
-            _trace("scatter", x=[p.position for p in row.positions], y=[p.median_ms for p in row.positions],
+            trace("scatter", x=[p.position for p in row.positions], y=[p.median_ms for p in row.positions],
                    mode="lines+markers", name=name, line={"color": colour, "width": 2},
                    hovertemplate="token %{x}: %{y:.4g} ms<extra>%{fullData.name}</extra>")
         )  # fmt: skip
     if not traces:
         return None
-    return _figure(
+    return figure_json(
         traces,
         {
             "xaxis": {"title": {"text": "token index"}},
@@ -202,7 +208,7 @@ def op_times(row: OpTimes | None) -> str | None:
     if row is None or not row.ops:
         return None
     ranked = row.by_op
-    bars = [(f"{_safe(op)} ({nodes})", us) for op, us, nodes in ranked[:_OPS_SHOWN]]
+    bars = [(f"{safe_label(op)} ({nodes})", us) for op, us, nodes in ranked[:_OPS_SHOWN]]
     rest = sum(us for _, us, _ in ranked[_OPS_SHOWN:])
     if rest:
         bars.append((f"{len(ranked) - _OPS_SHOWN} other operators", rest))
@@ -215,7 +221,7 @@ def op_times(row: OpTimes | None) -> str | None:
         "#8a8f98" if n in ("between operators",) or n.endswith("other operators") else COLOURS[0]
         for n, _ in bars
     ]
-    trace = _trace(
+    bar = trace(
         "bar", x=[us for _, us in bars], y=[n for n, _ in bars], orientation="h", marker={"color": colours},
         text=[f"{fmt.figure(us)} µs · {us / whole:.0%}" if whole else "" for _, us in bars],
         textposition="outside", cliponaxis=False, hovertemplate="%{y}: %{x:.4g} µs a call<extra></extra>",
@@ -227,7 +233,7 @@ def op_times(row: OpTimes | None) -> str | None:
         "height": 70 + 25 * len(bars),
         "showlegend": False,
     }
-    return _figure([trace], layout)
+    return figure_json([bar], layout)
 
 
 def sizes(manifest: Manifest) -> str | None:
@@ -240,10 +246,10 @@ def sizes(manifest: Manifest) -> str | None:
         totals[role] = totals.get(role, 0) + size
     roles = sorted(totals, key=lambda r: totals[r])
     formats = sorted({f for _, f in table}, key=lambda f: -sum(b for (_, g), b in table.items() if g == f))
-    names = [f"{_safe(r).replace('_', ' ')} · {fmt.bytes_text(totals[r])}" for r in roles]
+    names = [f"{safe_label(r).replace('_', ' ')} · {fmt.bytes_text(totals[r])}" for r in roles]
     traces = [
-        _trace("bar", y=names, x=[table.get((r, f), 0) / 1e6 for r in roles], orientation="h", name=_safe(f),
-               marker={"color": COLOURS[i % len(COLOURS)]},
+        trace("bar", y=names, x=[table.get((r, f), 0) / 1e6 for r in roles], orientation="h",
+               name=safe_label(f), marker={"color": COLOURS[i % len(COLOURS)]},
                hovertemplate="%{y}: %{x:.4g} MB<extra>%{fullData.name}</extra>")
         for i, f in enumerate(formats)
     ]  # fmt: skip
@@ -254,12 +260,10 @@ def sizes(manifest: Manifest) -> str | None:
         "height": 110 + 34 * len(roles),
         "showlegend": True,
     }
-    return _figure(traces, layout)
+    return figure_json(traces, layout)
 
 
-def _log_axis(
-    title: str, values: Sequence[float], *, room: float = 1.0, least: float = 1.0
-) -> dict[str, Any]:
+def log_axis(title: str, values: Sequence[float], *, room: float = 1.0, least: float = 1.0) -> dict[str, Any]:
     """A logarithmic axis whose ticks are plain numbers, closer together where the span is short.
 
     ``least``: the ratio that the axis spans at least, so that noise does not look like a trend.
@@ -290,7 +294,7 @@ def _tick(value: float) -> str:
     return power if digits == "1.0" else f"{digits.removesuffix('.0')}·{power}"
 
 
-def _trace(kind: str, **fields: Any) -> Any:
+def trace(kind: str, **fields: Any) -> Any:
     """A trace, checked by plotly: a misspelt property raises here and not in the reader's browser."""
     require("plotly", extra="report", why="to draw the report's charts")
     from plotly import graph_objects
@@ -298,7 +302,8 @@ def _trace(kind: str, **fields: Any) -> Any:
     return {"scatter": graph_objects.Scatter, "bar": graph_objects.Bar}[kind](**fields)
 
 
-def _figure(traces: list[Any], layout: dict[str, Any]) -> str:
+def figure_json(traces: list[Any], layout: dict[str, Any]) -> str:
+    """A figure as JSON that is safe inside a script element, with the page's common layout."""
     from plotly import graph_objects
 
     base: dict[str, Any] = {
@@ -314,6 +319,6 @@ def _figure(traces: list[Any], layout: dict[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _safe(text: str) -> str:
+def safe_label(text: str) -> str:
     """A name for a label: plotly reads some HTML in labels."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

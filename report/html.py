@@ -18,7 +18,9 @@ from xexport.core.errors import InputError, OutputError
 from xexport.core.manifest import Manifest
 from xexport.core.records import Record
 from xexport.report.entries import Entry, op_times_of
-from xexport.report.view import bundle_view, compared, subtitle, title_of
+from xexport.report.rivals import rivals_of
+from xexport.report.versus import versus
+from xexport.report.view import bundle_view, compared, compared_tables, subtitle, title_of
 
 __all__ = ["render_html", "write_html"]
 
@@ -41,13 +43,16 @@ def render_html(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str:
     from markupsafe import Markup
 
     import xexport
-    from xexport.report import charts
+    from xexport.report import charts, charts_along
 
     loader = FunctionLoader(_asset)
     page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     both = [Entry(*e) for e in entries]
     figures = _Figures()
     scatter = figures.add("scatter", charts.scatter(both))
+    rivals = rivals_of(both)
+    steps_along = figures.add("steps-along", charts_along.steps_along(rivals))
+    state_along = figures.add("state-along", charts_along.state_along(rivals))
     bundles = [_bundle(index, entry, figures) for index, entry in enumerate(both)]
     plotly, script = charts.plotly_js() if figures.count else "", _asset("report.js")
     manifests = [e.manifest for e in both]
@@ -63,6 +68,10 @@ def render_html(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str:
         has_charts=bool(figures.count),
         scatter=scatter,
         compared=compared(both),
+        versus=versus(rivals),
+        tables=compared_tables(rivals),
+        steps_along=steps_along,
+        state_along=state_along,
         bundles=bundles,
     )
 

@@ -57,8 +57,18 @@ def report_json(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> dict[st
                 "records": [msgspec.to_builtins(r) for r in records],
             }
             for manifest, records in (Entry(*e) for e in entries)
-        ]
+        ],
+        "comparison": _comparison(entries),
     }
+
+
+def _comparison(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> dict[str, Any] | None:
+    """What several bundles say together; None for one."""
+    if len(entries) < 2:
+        return None
+    from xexport.report.compared import comparison
+
+    return comparison(entries)
 
 
 def weights_bytes(manifest: Manifest) -> int:

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from xexport.core.errors import InputError
 from xexport.core.manifest import Manifest
 from xexport.core.records import Record
+from xexport.report.rivals import rivals_of
 from xexport.report.tables import Table
-from xexport.report.view import bundle_view, compared, title_of
+from xexport.report.versus import versus
+from xexport.report.view import bundle_view, compared, compared_tables, title_of
+from xexport.report.words import Sentence
 
 __all__ = ["render_markdown"]
 
@@ -40,7 +43,11 @@ def render_markdown(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str
         raise InputError("a report needs at least one bundle")
     parts = [f"# {_escape(title_of([m for m, _ in entries]))}"]
     if len(entries) > 1:
-        parts.append(_table(compared(entries)))
+        rivals = rivals_of(entries)
+        parts.append(_sentences(versus(rivals)))
+        for section in compared_tables(rivals):
+            parts += [f"## {section.heading}", _escape(section.note), _table(section.table)]
+        parts += ["## Compared", _table(compared(entries))]
     for manifest, records in entries:
         parts += _bundle(manifest, records, "##" if len(entries) == 1 else "###")
     return "\n\n".join(parts) + "\n"
@@ -51,8 +58,7 @@ def _bundle(manifest: Manifest, records: Sequence[Record], level: str) -> list[s
     parts = [] if level == "##" else [f"## {_escape(view['name'])}"]
     parts.append(_escape(view["subtitle"]))
     parts += [f"> **Warning:** {_escape(w)}" for w in view["warnings"]]
-    marks = {"good": "", "plain": "", "bad": "**Note:** "}
-    parts.append("\n".join(f"- {marks[s.tone]}{_escape(s.text)}" for s in view["verdict"]))
+    parts.append(_sentences(view["verdict"]))
     for heading, key, note in _SECTIONS:
         if view[key]:
             parts.append(f"{level} {heading}")
@@ -63,6 +69,11 @@ def _bundle(manifest: Manifest, records: Sequence[Record], level: str) -> list[s
     if view["reproduce_note"]:
         parts.append(_escape(view["reproduce_note"]))
     return parts
+
+
+def _sentences(found: Sequence[Sentence]) -> str:
+    marks = {"good": "", "plain": "", "bad": "**Note:** "}
+    return "\n".join(f"- {marks[s.tone]}{_escape(s.text)}" for s in found)
 
 
 def _table(table: Table) -> str:

@@ -214,6 +214,31 @@ def _targets(data: Record) -> Iterable[RenderableType]:
     yield _rows("targets", rows)
 
 
+def _compare(data: Record) -> Iterable[RenderableType]:
+    """One row a model, its steps along the stream, and the findings."""
+    rows = []
+    for model in data["models"]:
+        state = model["state"]
+        rows.append(
+            {
+                "model": model["label"],
+                "parameters": model["parameters"],
+                "weights": size(model["weights"]),
+                "bits per byte": model["bits_per_byte"],
+                **{f"step at {at}, ms": ms for at, ms in model["step_ms"].items()},
+                **{f"prefill {n} /s": round(rate) for n, rate in model["prefill_tokens_per_s"].items()},
+                "state": size(state["fixed"]),
+                "added a token": size(state["per_token"]) if state["per_token"] else "",
+            }
+        )
+    yield _rows("compared", rows)
+    for text in data["findings"]:
+        yield f"- {_plain(text)}"
+    if not data["recorded"]:
+        yield "[yellow]warning[/] a bundle can't be written: its new measurements are in the report alone"
+    yield f"[bold]report[/] {_plain(data['report'])}"
+
+
 def _models(data: Record) -> Iterable[RenderableType]:
     yield _rows("models", data["models"])
 
@@ -312,6 +337,7 @@ _TABLES: dict[str, Callable[[Record], Iterable[RenderableType]]] = {
     "validate": _measured,
     "profile": _measured,
     "inspect": _inspect,
+    "compare": _compare,
     "doctor": _doctor,
     "targets": _targets,
     "models": _models,

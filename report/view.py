@@ -13,9 +13,20 @@ from xexport.report import format as fmt
 from xexport.report import tables
 from xexport.report.entries import compared_latency, fidelity_of, last_of, latency_of
 from xexport.report.jsonout import state_bytes, warnings_of, weights_bytes
+from xexport.report.rivals import Rival
+from xexport.report.versus import side_by_side, state_bytes_table, steps_table
 from xexport.report.words import headline, speed_against, verdict
 
-__all__ = ["Tile", "bundle_view", "compared", "name_of", "reproduce", "title_of"]
+__all__ = [
+    "Section",
+    "Tile",
+    "bundle_view",
+    "compared",
+    "compared_tables",
+    "name_of",
+    "reproduce",
+    "title_of",
+]
 
 
 class Tile(NamedTuple):
@@ -24,6 +35,58 @@ class Tile(NamedTuple):
     label: str
     value: str
     note: str
+
+
+class Section(NamedTuple):
+    """A table with its heading and what it says."""
+
+    id: str
+    heading: str
+    note: str
+    table: tables.Table
+
+
+def compared_tables(rivals: Sequence[Rival]) -> list[Section]:
+    """What several bundles are compared by, beside the one row each: empty for a single one."""
+    if len(rivals) < 2:
+        return []
+    turns = rivals[0].turns
+    found = [
+        Section(
+            "side",
+            "Side by side",
+            "Step times after so many tokens; the state after the first, and what every token adds to it.",
+            side_by_side(rivals),
+        ),
+        Section(
+            "steps",
+            "Step time along the stream, in numbers",
+            _turns_note(rivals),
+            steps_table(rivals) if turns else tables.Table((), []),
+        ),
+        Section(
+            "state",
+            "State along the stream, in numbers",
+            "Bytes in use of one stream. A cache of a graph has its full size from the beginning: that is "
+            "what is set aside.",
+            state_bytes_table(rivals),
+        ),
+    ]
+    return [s for s in found if s.table]
+
+
+def _turns_note(rivals: Sequence[Rival]) -> str:
+    row = next((r.turns for r in rivals if r.turns), None)
+    if row is None or not row.steps:
+        return ""
+    rounds = row.steps[0].ns
+    facts = row.setup.environment
+    threads = f"{facts.threads} thread{'s' if facts.threads != 1 else ''} of {facts.cpu}"
+    busy = f" (load {facts.load_average:.1f} on {facts.cores} cores)" if facts.load_average else ""
+    return (
+        f"Medians of {len(rounds)} rounds of {len(rounds[0])} steps at each position. The models took turns "
+        f"in one process, the order turned each round, on {threads}{busy}."
+    )
 
 
 def name_of(manifest: Manifest) -> str:

@@ -11,7 +11,7 @@ from xexport.core.manifest import Manifest
 from xexport.core.records import Record
 from xexport.report.jsonout import report_json
 
-__all__ = ["write_report"]
+__all__ = ["check_suffix", "write_report"]
 
 _SUFFIXES = (".html", ".md", ".json")
 
@@ -23,8 +23,7 @@ def write_report(path: Path, entries: Sequence[tuple[Manifest, Sequence[Record]]
         InputError: an unknown suffix, or no bundle.
         OutputError: the file can't be written.
     """
-    if path.suffix not in _SUFFIXES:
-        raise InputError("unknown kind of report", got=path.name, allowed=", ".join(_SUFFIXES))
+    check_suffix(path)
     if not entries:
         raise InputError("a report needs at least one bundle")
     if path.suffix == ".html":
@@ -43,3 +42,13 @@ def write_report(path: Path, entries: Sequence[tuple[Manifest, Sequence[Record]]
     except OSError as error:
         raise OutputError("the report can't be written", got=f"{path}: {error.strerror}") from error
     return path
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file name that no report has, before anything is measured for it.
+
+    Raises:
+        InputError: an unknown suffix.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise InputError("unknown kind of report", got=path.name, allowed=", ".join(_SUFFIXES))

@@ -145,7 +145,7 @@ COMMANDS = sorted(cli.commands)
 
 
 def test_all_commands_are_there() -> None:
-    wanted = "doctor export inspect models profile report run targets validate"
+    wanted = "compare doctor export inspect models profile report run targets validate"
     assert " ".join(COMMANDS) == wanted
 
 
