@@ -389,7 +389,7 @@ def compare(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Compare models side by side: BUNDLEs, or MODELs that are exported first.
+    """Compare BUNDLEs or MODELs side by side.
 
     Accuracy, prefill, step time and state, also far along the stream, where a Transformer's step grows
     with its cache and a recurrent one's stays. All take turns in one process, round by round, so that
