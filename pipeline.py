@@ -643,11 +643,25 @@ def doctor() -> dict[str, Any]:
 
 
 def models() -> list[dict[str, Any]]:
-    """The families: name, title, and whether a trained checkpoint is shipped. Imports no torch."""
+    """The families: name, title, whether a trained checkpoint is shipped, and what was measured of them.
+
+    The measured part (form, state, operators, targets, oracles, bits per byte) is what
+    benchmarks/models_table.py collected; a family that it has not seen has none. Imports no torch.
+    """
+    from importlib.resources import files
+
     from xexport.zoo import checkpoint_path
 
+    table = files("xexport.models") / "_table.json"
+    known = msgspec.json.decode(table.read_bytes())["families"] if table.is_file() else {}
     return [
-        {"name": n, "title": family_title(n), "zoo": checkpoint_path(n) is not None} for n in family_names()
+        {
+            "name": name,
+            "title": family_title(name),
+            "zoo": checkpoint_path(name) is not None,
+            "measured": known.get(name),
+        }
+        for name in family_names()
     ]
 
 

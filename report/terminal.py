@@ -240,7 +240,21 @@ def _compare(data: Record) -> Iterable[RenderableType]:
 
 
 def _models(data: Record) -> Iterable[RenderableType]:
-    yield _rows("models", data["models"])
+    yield _rows("models", [{k: row[k] for k in ("name", "title", "zoo")} for row in data["models"]])
+    measured = [(row["name"], row["measured"]) for row in data["models"] if row.get("measured")]
+    rows = [
+        {
+            "name": name,
+            "form": row["form"],
+            "state": size(row["state"]["bytes"]),
+            "state in bytes": row["state"]["formula"],
+            "operators": row.get("operators"),
+            "error against": [f"{k} {v:.1e}" for k, v in (row.get("oracles") or {}).items()],
+            "bits per byte": row.get("zoo_bits_per_byte"),
+        }
+        for name, row in measured
+    ]
+    yield _rows("measured of their zoo presets", rows)
 
 
 def _warnings(data: Record) -> Iterable[RenderableType]:

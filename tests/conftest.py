@@ -266,6 +266,22 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """With XEXPORT_RECORD_ORACLES=FILE, keep how near every oracle test came (tests/oracle_record.py)."""
+    path = os.environ.get("XEXPORT_RECORD_ORACLES")
+    if not path or item.get_closest_marker("oracle") is None:
+        yield
+        return
+    from oracle_record import keep, watch
+
+    with pytest.MonkeyPatch.context() as patch:
+        watched = watch(patch)
+        yield
+    if watched.found:
+        keep(Path(path), item, max(watched.found))
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
