@@ -245,11 +245,10 @@ def _models(data: Record) -> Iterable[RenderableType]:
     rows = [
         {
             "name": name,
-            "form": row["form"],
             "state": size(row["state"]["bytes"]),
-            "state in bytes": row["state"]["formula"],
-            "operators": row.get("operators"),
-            "error against": [f"{k} {v:.1e}" for k, v in (row.get("oracles") or {}).items()],
+            "in bytes": row["state"]["formula"],
+            "operators": [op.partition("::")[2] for op in row.get("operators") or ()],
+            "largest error": max((row.get("oracles") or {}).values(), default=None),
             "bits per byte": row.get("zoo_bits_per_byte"),
         }
         for name, row in measured
