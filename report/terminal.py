@@ -215,23 +215,24 @@ def _targets(data: Record) -> Iterable[RenderableType]:
 
 
 def _compare(data: Record) -> Iterable[RenderableType]:
-    """One row a model, its steps along the stream, and the findings."""
-    rows = []
-    for model in data["models"]:
-        state = model["state"]
-        rows.append(
-            {
-                "model": model["label"],
-                "parameters": model["parameters"],
-                "weights": size(model["weights"]),
-                "bits per byte": model["bits_per_byte"],
-                **{f"step at {at}, ms": ms for at, ms in model["step_ms"].items()},
-                **{f"prefill {n} /s": round(rate) for n, rate in model["prefill_tokens_per_s"].items()},
-                "state": size(state["fixed"]),
-                "added a token": size(state["per_token"]) if state["per_token"] else "",
-            }
-        )
+    """Sizes, times along the stream, and the findings."""
+    models = data["models"]
+    rows = [
+        {
+            "model": m["label"],
+            "parameters": m["parameters"],
+            "weights": size(m["weights"]),
+            "bits per byte": m["bits_per_byte"],
+            "state": size(m["state"]["fixed"]),
+            "added a token": size(m["state"]["per_token"]) if m["state"]["per_token"] else "",
+        }
+        for m in models
+    ]
     yield _rows("compared", rows)
+    steps = [{"ms at token": m["label"], **m["step_ms"]} for m in models]
+    yield _rows("one step", steps)
+    rates = [{n: round(r) for n, r in m["prefill_tokens_per_s"].items()} for m in models]
+    yield _rows("prefill", [{"tokens/s of": m["label"], **r} for m, r in zip(models, rates, strict=True)])
     for text in data["findings"]:
         yield f"- {_plain(text)}"
     if not data["recorded"]:
