@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import msgspec
 
 from xexport.core.errors import InputError, OutputError
-from xexport.core.manifest import KEEP_INPUT, MANIFEST_NAME, Manifest, ModelInfo, encode_manifest
+from xexport.core.manifest import (
+    KEEP_INPUT,
+    MANIFEST_NAME,
+    Manifest,
+    ModelInfo,
+    Refusal,
+    TensorDecision,
+    encode_manifest,
+)
 from xexport.core.progress import KeptOpen, Progress, Silent
 from xexport.core.records import Record
 from xexport.core.registry import family_aliases, family_names, family_title
@@ -166,15 +174,12 @@ def _export_into(
     from xexport.exporter.graph import build_graph, write_graph
     from xexport.exporter.output import require_space
     from xexport.exporter.pages import release_pages
-    from xexport.exporter.passes import fuse, keep
+    from xexport.exporter.passes import keep
     from xexport.exporter.verify import verify
     from xexport.exporter.writer import file_entry
-    from xexport.quant.apply import quantize, unread
-    from xexport.quant.scheme import get_scheme
     from xexport.runtimes.shipped import find_tokenizer
     from xexport.runtimes.torch_eager import TorchStream
 
-    scheme = get_scheme(target.precision)
     exact = target.precision == "fp32"
     known: int | None = getattr(source.skeleton, "vocab_size", None)
     shipped = find_tokenizer(tokenizer, checkpoint=source.path, kind=source.tokenizer, vocab=known)
@@ -191,8 +196,9 @@ def _export_into(
     )
     fp32 = output.bundle if exact else output.scratch
     refusals = keep.rewrite(graph)
-    if exact:  # otherwise after quantization
-        refusals += fuse(graph, target.fuse)
+    decisions: list[TensorDecision] = []
+    if exact:
+        decisions = _lower(graph, source, target, output.scratch, refusals, progress)
     written = write_graph(graph, fp32, target.bodies, target.why, progress)
 
     progress.stage("verify against PyTorch")
@@ -218,12 +224,8 @@ def _export_into(
     if not exact:
         _write_manifest(output.scratch, exact_manifest)
 
-    decisions = quantize(
-        graph, scheme, source.roles, output.scratch, names=set(source.tensors), progress=progress
-    )
-    decisions += unread(source.tensors, decisions, source.roles)
     if not exact:
-        refusals += fuse(graph, target.fuse)
+        decisions = _lower(graph, source, target, output.scratch, refusals, progress)
         written = write_graph(graph, output.bundle, target.bodies, target.why, progress)
     # large weights stay in the checkpoint's file until PyTorch is timed, where that would be unfair
     reference = module if source.parameters > _LARGE else source.eager()
@@ -252,6 +254,26 @@ def _export_into(
         progress,
     )
     _finish(output.bundle, manifest, progress)
+
+
+def _lower(
+    graph: ir.Model,
+    source: Source,
+    target: Target,
+    scratch: Path,
+    refusals: list[Refusal],
+    progress: Progress,
+) -> list[TensorDecision]:
+    """Decide and store every weight, then fuse: roles are guessed from standard nodes, so fusion is last."""
+    from xexport.exporter.passes import fuse
+    from xexport.quant.apply import quantize, unread
+    from xexport.quant.scheme import get_scheme
+
+    scheme, names = get_scheme(target.precision), set(source.tensors)
+    decisions = quantize(graph, scheme, source.roles, scratch, names=names, progress=progress)
+    decisions += unread(source.tensors, decisions, source.roles)
+    refusals += fuse(graph, target.fuse)
+    return decisions
 
 
 def _measure(

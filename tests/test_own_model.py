@@ -209,7 +209,7 @@ def test_int8_of_a_module_large_enough_for_8_bit_products(export: Export) -> Non
     assert formats["embed.weight"] == "int8 per row"
     assert formats["rate"] == "float32"
     graph = onnx.load(bundle.path / "model.onnx", load_external_data=False).graph
-    assert [n.name for n in graph.node if n.op_type == "MatMulNBits"] == ["mix/MatMulNBits"]
+    assert [n.name for n in graph.node if n.op_type == "linear_int8"] == ["mix/linear_int8"]
     tokens = np.random.default_rng(0).integers(0, VOCAB, (2, 30))
     want = TorchStream(module, batch=2).feed(tokens)
     stream = bundle.stream(batch=2)
@@ -219,7 +219,7 @@ def test_int8_of_a_module_large_enough_for_8_bit_products(export: Export) -> Non
     steps = np.concatenate([stream.feed(tokens[:, i : i + 1]) for i in range(30)], 1)
     print(f"int8 products: RMS error {error:.1e}, steps against whole {relative(steps, whole):.1e}")
     assert error < TOLERANCES["int8_products"]
-    assert relative(steps, whole) < TOLERANCES["model_int8_cut"]
+    assert relative(steps, whole) < TOLERANCES["linear_int8_cut"]
 
 
 def test_tied_weights_are_quantized_as_table_and_as_head(export: Export) -> None:
@@ -326,7 +326,8 @@ def test_a_wrong_graph_is_named_by_its_layer(
 
     monkeypatch.setattr(graph, "write_graph", spoiled)
     with pytest.raises(ParityError) as caught:
-        exporter.export("rwkv", "cpu-fp32", tmp_path / "out", preset="tiny")
+        # the graph that is verified before quantization is not fused yet, so every part can be named
+        exporter.export("rwkv", "cpu-int8", tmp_path / "out", preset="tiny")
     assert "first part in layer 'blocks.1.ffn' before its part 'value'" in str(caught.value)
     assert "ONNX Runtime and PyTorch disagree at B=" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -360,6 +361,6 @@ def test_a_wrong_operator_body_is_named_with_its_operator(
     monkeypatch.setattr(functions, "get_op", get_op)
     monkeypatch.setenv("XEXPORT_NATIVE", "0")
     with pytest.raises(ParityError) as caught:
-        exporter.export("mamba", "cpu-fp32", tmp_path / "out", preset="tiny")
-    layer = "layer 'backbone.layers.0.mixer' (it holds xexport::selective_scan)"
+        exporter.export("mamba", "cpu-int8", tmp_path / "out", preset="tiny")
+    layer = "layer 'backbone.layers.0.mixer' (it holds xexport::causal_conv1d, xexport::selective_scan)"
     assert f"first part in {layer} before its part 'out_proj'" in str(caught.value)
