@@ -29,6 +29,9 @@ from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
 from xexport.ops.fused_rows.reference import run_program
 from xexport.ops.hyena_conv.reference import hyena_conv
+from xexport.ops.linear.reference import linear
+from xexport.ops.linear_int4.reference import linear_int4
+from xexport.ops.linear_int8.reference import linear_int8
 from xexport.ops.linear_recurrence.reference import linear_recurrence
 from xexport.ops.selective_scan.reference import selective_scan
 from xexport.ops.wkv4.reference import wkv4
@@ -39,7 +42,7 @@ __all__ = ["TABLE", "Case", "Row", "write"]
 
 Arrays = dict[str, np.ndarray]
 Numbers = dict[str, Any]  # integers, floats, strings, lists of integers, tuples of floats
-_ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7}
+_ELEMENTS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10}
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,37 @@ def _linear_recurrence(B: int, T: int, H: int, K: int, V: int, a_key: int) -> Ca
     decay = -0.3 * np.abs(normal((B, T, H * K if a_key else H)))
     x = {"q": q, "k": k, "v": normal((B, T, H * V)), "state": normal((B, H, K, V)), "decay": decay}
     return Case(x, {"heads": H, "scale": 0.375})
+
+
+def _linear(B: int, T: int, K: int, N: int, half: int) -> Case:
+    normal = _random(B, T, K, N)
+    weight = normal((N, K)).astype(np.float16 if half else np.float32)
+    return Case({"x": normal((B, T, K)), "weight": weight}, {})
+
+
+def _whole_numbers(B: int, T: int, K: int, block: int, top: int) -> np.ndarray:
+    """Activations that rounding to ``top`` levels leaves as they are: the largest of every block is ``top``."""
+    x = np.clip(np.rint(_random(B, T, K)((B, T, K)) * top / 4), -top, top)
+    x[:, :, ::block] = top
+    return np.asarray(x)
+
+
+def _linear_int8(B: int, T: int, K: int, N: int, block: int) -> Case:
+    rng, blocks = np.random.default_rng((B, T, K, N)), -(-K // block)
+    codes = rng.integers(0, 256, (N, blocks, block), dtype=np.uint8)
+    x = {
+        "x": _whole_numbers(B, T, K, block, 32767),
+        "weight": codes,
+        "scales": rng.random((N, blocks)) + 0.01,
+    }
+    return Case(x, {"K": K, "N": N, "block_size": block})
+
+
+def _linear_int4(B: int, T: int, K: int, N: int) -> Case:
+    rng, blocks = np.random.default_rng((B, T, K, N)), -(-K // 32)
+    codes = rng.integers(0, 256, (N, blocks, 16), dtype=np.uint8)
+    scales = (rng.random((N, blocks)) + 0.01).astype(np.float16)
+    return Case({"x": _whole_numbers(B, T, K, 32, 127), "weight": codes, "scales": scales}, {"K": K, "N": N})
 
 
 def _causal_conv1d(B: int, T: int, D: int, K: int, silu: int) -> Case:
@@ -184,6 +218,15 @@ TABLE: dict[str, Row] = {
         _linear_recurrence,
         ((1, 1, 2, 64, 64, 0), (2, 5, 3, 16, 37, 1), (1, 33, 2, 64, 128, 1), (1, 18, 3, 7, 5, 0)),
     ),
+    "linear": Row(
+        linear,
+        _linear,
+        ((1, 1, 96, 40, 0), (2, 3, 65, 33, 0), (1, 40, 70, 50, 0), (1, 1, 96, 40, 1), (1, 30, 65, 33, 1)),
+    ),
+    "linear_int8": Row(
+        linear_int8, _linear_int8, ((1, 1, 128, 40, 128), (2, 3, 70, 33, 32), (1, 40, 192, 50, 64))
+    ),
+    "linear_int4": Row(linear_int4, _linear_int4, ((1, 1, 128, 40), (2, 3, 70, 33), (1, 40, 192, 50))),
     "causal_conv1d": Row(
         _short_conv,
         _causal_conv1d,

@@ -133,6 +133,24 @@ ort::Status* info_dims(const ort::TensorInfo* info, int64_t* to, size_t count) {
   for (size_t i = 0; i < count; ++i) to[i] = as<Info>(info)->dims.at(i);
   return nullptr;
 }
+ort::Status* create_info(ort::TensorInfo** out) {
+  *out = as<ort::TensorInfo>(new Info);
+  return nullptr;
+}
+ort::Status* set_element(ort::TensorInfo* info, int32_t element) {
+  as<Info>(info)->element = element;
+  return nullptr;
+}
+ort::Status* set_dims(ort::TensorInfo* info, const int64_t* dims, size_t count) {
+  as<Info>(info)->dims.assign(dims, dims + count);
+  return nullptr;
+}
+// Every dimension of a case is a number.
+ort::Status* info_symbols(const ort::TensorInfo*, const char** to, size_t count) {
+  for (size_t i = 0; i < count; ++i) to[i] = "";
+  return nullptr;
+}
+ort::Status* set_symbols(ort::TensorInfo*, const char**, size_t) { return nullptr; }
 ort::Status* tensor_shape(const ort::Value* value, int32_t* element, const int64_t** dims, size_t* rank) {
   const Array* a = as<Array>(value);
   *element = a->element;
@@ -225,6 +243,7 @@ struct Table {
     set(0, create_status), set(1, error_code), set(2, error_message), set(93, release_status);
     set(26, create_domain), set(27, add_operator), set(28, add_domain);
     set(51, tensor_data), set(60, info_element), set(61, info_rank), set(62, info_dims);
+    set(57, create_info), set(58, set_element), set(59, set_dims), set(63, info_symbols), set(271, set_symbols);
     set(65, tensor_info), set(99, release_info), set(414, tensor_shape);
     set(85, attribute_float), set(86, attribute_int), set(87, attribute_text);
     set(162, attribute_floats), set(163, attribute_ints);
