@@ -119,7 +119,7 @@ def _linear(B: int, T: int, K: int, N: int, half: int) -> Case:
 
 
 def _whole_numbers(B: int, T: int, K: int, block: int, top: int) -> np.ndarray:
-    """Activations that rounding to ``top`` levels leaves as they are: the largest of every block is ``top``."""
+    """Activations that rounding to ``top`` levels leaves as they are: every block has ``top`` itself."""
     x = np.clip(np.rint(_random(B, T, K)((B, T, K)) * top / 4), -top, top)
     x[:, :, ::block] = top
     return np.asarray(x)
