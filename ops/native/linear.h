@@ -46,11 +46,21 @@ class Linear {
     task.x = x.floats();
     task.y = call.output(0, dims, x.rank).floats();
     if (task.tokens == 0 || task.columns == 0) return;
-    if (loops_.quantize != nullptr) quantize(call, task);
-    multiply(call, task);
+    // a long prompt in parts whose activations stay in the cache while all weights pass by
+    const int64_t tokens = task.tokens;
+    const auto* x_first = task.x;
+    auto* y_first = task.y;
+    for (int64_t t = 0; t < tokens; t += kTokensAtOnce) {
+      task.tokens = std::min(kTokensAtOnce, tokens - t);
+      task.x = x_first + t * task.depth;
+      task.y = y_first + t * task.columns;
+      if (loops_.quantize != nullptr) quantize(call, task);
+      multiply(call, task);
+    }
   }
 
  private:
+  static constexpr int64_t kTokensAtOnce = 1024;
   static constexpr int64_t kQuantizedAtOnce = 8;  // tokens
   static constexpr double kJobBytes = 1 << 17;    // of weights, where they are what takes the time
   static constexpr int64_t kManyJobs = 8;
