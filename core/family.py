@@ -49,6 +49,14 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
 
 
+def _no_layout(raw: RawCheckpoint) -> str | None:
+    return None
+
+
+def _same_tensors(config: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    return dict(tensors)
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture.
@@ -61,13 +69,14 @@ class Family:
         presets: named configs; ``"tiny"`` exists in every family and is for tests.
         build: config -> nn.Module in the chunk form, on the current torch device (meta included).
         load: RawCheckpoint -> LoadedModel; raises CheckpointError for a layout it does not know.
-        recognise: RawCheckpoint -> why this family can read it, or None. A Hugging Face folder has its
-            parsed config.json in ``raw.config``, a file of our own training its name in ``raw.metadata``.
-        reads: what ``recognise`` looks for, in a few words, for whoever brings something else; empty if
-            it knows files of our own training only.
+        layout: RawCheckpoint -> why this family can read a file that xexport did not train, or None. A
+            Hugging Face folder has its parsed config.json in ``raw.config``.
+        reads: what ``layout`` looks for, in a few words, for whoever brings something else; empty if
+            the family knows files of our own training only.
         train_form: config -> nn.Module whose ``forward(tokens [B,T]) -> logits`` is differentiable
             and fast; its state_dict is what ``from_training`` turns into the chunk form's.
-        from_training: (config, training state_dict) -> tensors for ``build(config)``.
+        from_training: (config, training state_dict) -> tensors for ``build(config)``; the same ones by
+            default.
         roles: (glob over parameter names, role) rows, the first match wins.
         init: fills a built module with random but sane weights (for benchmarks and tests).
     """
@@ -79,11 +88,17 @@ class Family:
     presets: Mapping[str, Any]
     build: Callable[[Any], Any]
     load: Callable[[RawCheckpoint], LoadedModel]
-    recognise: Callable[[RawCheckpoint], str | None]
     train_form: Callable[[Any], Any]
-    from_training: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
     init: Callable[[Any, int], None]
+    layout: Callable[[RawCheckpoint], str | None] = _no_layout
+    from_training: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]] = _same_tensors
     roles: tuple[tuple[str, str], ...] = ()
     aliases: tuple[str, ...] = field(default=())
     state_note: str = ""
     reads: str = ""
+
+    def recognise(self, raw: RawCheckpoint) -> str | None:
+        """Why this family can read a checkpoint (its own metadata, or :attr:`layout`), or None."""
+        if raw.metadata.get("xexport.family") == self.name:
+            return f"its metadata says {self.name}, trained by xexport"
+        return self.layout(raw)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from xexport.core.checkpoint import RawCheckpoint, match_tensors
 from xexport.core.errors import CheckpointError
 from xexport.core.state import StateSpec
+from xexport.models._chunk import layer_states
 
 __all__ = [
     "ChannelMix",
@@ -25,7 +26,6 @@ __all__ = [
     "count_layers",
     "decay_init",
     "matrix_init",
-    "new_state",
     "parameter",
     "published_tensors",
     "ramp",
@@ -151,19 +151,7 @@ class HeadedRwkv(nn.Module):
             "wkv": ("B", H, N, N),
             "ffn_shift": ("B", C),
         }
-        return [
-            StateSpec(f"layers.{i}.{name}", shape)
-            for i in range(self.config.layers)
-            for name, shape in shapes.items()
-        ]
-
-
-def new_state(module: Any, batch: int) -> list[Tensor]:
-    """The state before the first token as tensors beside the module's own weights."""
-    weight: Tensor = module.emb.weight
-    return [
-        weight.new_full([batch if d == "B" else int(d) for d in s.shape], s.init) for s in module.state_spec()
-    ]
+        return layer_states(self.config.layers, shapes)
 
 
 def count_layers(names: Iterable[str]) -> int:

@@ -34,11 +34,12 @@ from torch import Tensor, nn
 
 from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.errors import CheckpointError
+from xexport.models._chunk import RMSNorm
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.linear_attention.parallel import gated_parallel
 from xexport.ops.linear_recurrence.reference import linear_recurrence
 
-__all__ = ["SSD_ROLES", "RMSNorm", "SsdMixer", "SsdSizes", "parse_limit", "split_in_proj", "ssd_init"]
+__all__ = ["SSD_ROLES", "SsdMixer", "SsdSizes", "parse_limit", "split_in_proj", "ssd_init"]
 
 #: rows for the roles of a family whose layers have such a mixer
 SSD_ROLES = (
@@ -93,19 +94,6 @@ class SsdSizes:
             "conv": ("B", self.conv_kernel - 1, self.convolved),
             "ssm": ("B", self.heads, self.state_size, self.head_size),
         }
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[...,width] -> the same."""
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 class _GatedNorm(RMSNorm):

@@ -30,7 +30,8 @@ from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
-from xexport.models._ssd import SSD_ROLES, RMSNorm, SsdMixer, SsdSizes, parse_limit, split_in_proj, ssd_init
+from xexport.models._chunk import RMSNorm
+from xexport.models._ssd import SSD_ROLES, SsdMixer, SsdSizes, parse_limit, split_in_proj, ssd_init
 from xexport.models.transformer import fused_attention, rope_angles, rotate, turns_of
 from xexport.ops.cached_attention.reference import cached_attention
 
@@ -306,9 +307,7 @@ _MODEL_TYPES = ("bamba", "granitemoehybrid")
 _DEFAULT_BOUND = 4096
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "hybrid":
-        return "its metadata says hybrid"
+def _layout(raw: RawCheckpoint) -> str | None:
     kind = raw.config.get("model_type")
     return f"its config.json says {kind}" if kind in _MODEL_TYPES else None
 
@@ -480,7 +479,7 @@ FAMILY = Family(
     presets=PRESETS,
     build=Hybrid,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     reads="a Hugging Face folder with model_type bamba or granitemoehybrid",
     train_form=HybridTraining,
     from_training=_from_training,

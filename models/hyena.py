@@ -336,9 +336,7 @@ def _from_training(config: HyenaConfig, tensors: Mapping[str, Tensor]) -> dict[s
 _DNA = "hyena.backbone."
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "hyena":
-        return "its metadata says it is a Hyena that xexport trained"
+def _layout(raw: RawCheckpoint) -> str | None:
     if raw.config.get("model_type") == "hyenadna" or f"{_DNA}ln_f.weight" in raw.tensors:
         return "it has the layout of HyenaDNA"
     return None
@@ -481,7 +479,7 @@ FAMILY = Family(
     },
     build=Hyena,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     reads="keys of HyenaDNA (hyena.backbone.*), or model_type hyenadna in config.json",
     train_form=HyenaTrain,
     from_training=_from_training,

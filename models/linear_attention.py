@@ -43,6 +43,7 @@ from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, re
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._chunk import RMSNorm
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.delta_rule.parallel import delta_rule_parallel
 from xexport.ops.delta_rule.reference import delta_rule
@@ -116,16 +117,6 @@ class LinearAttentionConfig:
         return self.rule in ("delta", "gated_delta")
 
 
-class _RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
 class _FeedForward(nn.Module):
     """SwiGLU."""
 
@@ -166,7 +157,7 @@ class _Mixer(nn.Module):
         self.o_proj = nn.Linear(values, c.width, bias=False)
         normed = c.rule != "linear"
         self.g_proj = nn.Linear(c.width, values, bias=False) if normed and c.gate else None
-        self.o_norm = _RMSNorm(c.value, c.eps) if normed else None
+        self.o_norm = RMSNorm(c.value, c.eps) if normed else None
         if c.conv_size:
             self.conv_weight = nn.Parameter(torch.zeros(c.conv_size, c.channels))
         if c.rule == "gla":
@@ -222,9 +213,9 @@ class _Mixer(nn.Module):
 class _Block(nn.Module):
     def __init__(self, c: LinearAttentionConfig) -> None:
         super().__init__()
-        self.attn_norm = _RMSNorm(c.width, c.eps)
+        self.attn_norm = RMSNorm(c.width, c.eps)
         self.attn = _Mixer(c)
-        self.mlp_norm = _RMSNorm(c.width, c.eps)
+        self.mlp_norm = RMSNorm(c.width, c.eps)
         self.mlp = _FeedForward(c)
 
 
@@ -233,7 +224,7 @@ class _Decoder(nn.Module):
         super().__init__()
         self.embeddings = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(_Block(c) for _ in range(c.layers))
-        self.norm = _RMSNorm(c.width, c.eps)
+        self.norm = RMSNorm(c.width, c.eps)
 
 
 class LinearAttention(nn.Module):
@@ -388,9 +379,7 @@ _FIXED: dict[str, tuple[object, ...]] = {
 }
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "linear_attention":
-        return "its metadata says it is a linear attention model that xexport trained"
+def _layout(raw: RawCheckpoint) -> str | None:
     kind = raw.config.get("model_type")
     return f"its config.json says model_type {kind}" if kind in _PUBLISHED else None
 
@@ -514,7 +503,7 @@ FAMILY = Family(
     presets=PRESETS,
     build=LinearAttention,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     train_form=LinearAttentionTrain,
     from_training=_from_training,
     init=_init,

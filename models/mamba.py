@@ -21,17 +21,17 @@ The depthwise convolution and its SiLU are the operator causal_conv1d, channels 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
 from xexport.core.errors import CheckpointError
 from xexport.core.family import Family, LoadedModel
-from xexport.core.state import StateSpec
+from xexport.models._chunk import FromFirstState
+from xexport.models._mamba import MambaFrame, tied_head
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.selective_scan.reference import selective_scan
 
@@ -88,16 +88,6 @@ PRESETS = {
 }
 
 
-class _RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
 class _Mixer(nn.Module):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
@@ -134,75 +124,25 @@ class _Mixer(nn.Module):
         return self.out_proj(y * F.silu(z)), conv, ssm
 
 
-class _Layer(nn.Module):
-    def __init__(self, config: MambaConfig) -> None:
-        super().__init__()
-        self.norm = _RMSNorm(config.width, config.norm_eps)
-        self.mixer = _Mixer(config)
-
-
-class _Backbone(nn.Module):
-    def __init__(self, config: MambaConfig) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
-        self.norm_f = _RMSNorm(config.width, config.norm_eps)
-
-
-class Mamba(nn.Module):
+class Mamba(MambaFrame):
     """Mamba-1 in the chunk form; parameter names are those of [3]."""
 
-    max_tokens: int | None = None
-
     def __init__(self, config: MambaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.vocab_size = config.vocab_size
-        self.backbone = _Backbone(config)
-        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-
-    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """(tokens [B,T] int64, state as :meth:`state_spec`) -> (logits [B,T,V], new state)."""
-        x = self.backbone.embeddings(tokens)
-        new: list[Tensor] = []
-        for index, layer in enumerate(self.backbone.layers):
-            assert isinstance(layer, _Layer)
-            y, conv, ssm = layer.mixer(layer.norm(x), state[2 * index], state[2 * index + 1])
-            x = x + y
-            new += [conv, ssm]
-        return (self.lm_head(self.backbone.norm_f(x)), *new)
-
-    def state_spec(self) -> Sequence[StateSpec]:
-        """Two tensors a layer, all float32, all zero before the first token."""
-        c = self.config
-        shapes: dict[str, tuple[int | str, ...]] = {
-            "conv": ("B", c.conv_kernel - 1, c.inner),
-            "ssm": ("B", c.inner, c.state_size),
+        states = {
+            "conv": ("B", config.conv_kernel - 1, config.inner),
+            "ssm": ("B", config.inner, config.state_size),
         }
-        return [
-            StateSpec(f"layers.{i}.{name}", shape) for i in range(c.layers) for name, shape in shapes.items()
-        ]
+        super().__init__(config, lambda: _Mixer(config), states)
 
 
-class MambaTraining(Mamba):
-    """The same parameters, whole sequences from the zero state: ``forward(tokens [B,T]) -> logits``."""
-
-    def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:  # type: ignore[override]
-        """tokens [B,T] int64 -> logits [B,T,V]."""
-        batch = tokens.shape[0]
-        zeros = [
-            self.lm_head.weight.new_zeros([batch if d == "B" else int(d) for d in s.shape])
-            for s in self.state_spec()
-        ]
-        return super().forward(tokens, *zeros)[0]
+class MambaTraining(FromFirstState, Mamba):
+    """The same parameters, whole sequences from the first state."""
 
 
 _MODEL_TYPES = ("mamba", "falcon_mamba")
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "mamba":
-        return "its metadata says mamba"
+def _layout(raw: RawCheckpoint) -> str | None:
     if raw.config.get("model_type") in _MODEL_TYPES:
         return f"its config.json says {raw.config['model_type']}"
     return None
@@ -243,12 +183,7 @@ def _config_from_hugging_face(raw: RawCheckpoint) -> MambaConfig:
 def _load(raw: RawCheckpoint) -> LoadedModel:
     """Read a Hugging Face folder or a file of our own training; a tied head is the embedding."""
     config = own_config(raw, "mamba", MambaConfig) or _config_from_hugging_face(raw)
-    tensors = dict(raw.tensors)
-    notes: list[str] = []
-    if "lm_head.weight" not in tensors:
-        require_keys(raw, ("backbone.embeddings.weight",), "mamba")
-        tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
-        notes.append("the head is tied to the embedding: both are written")
+    tensors, notes = tied_head(raw, raw.tensors, "mamba")
     with torch.device("meta"):
         wanted = Mamba(config)
     return LoadedModel(
@@ -287,11 +222,6 @@ def _init(module: Mamba, seed: int) -> None:
         p.copy_(value)
 
 
-def _from_training(config: MambaConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Training and chunk form share their parameter names."""
-    return dict(tensors)
-
-
 FAMILY = Family(
     name="mamba",
     title="Mamba-1: selective state space",
@@ -300,10 +230,9 @@ FAMILY = Family(
     presets=PRESETS,
     build=Mamba,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     reads="a Hugging Face folder with model_type mamba or falcon_mamba",
     train_form=MambaTraining,
-    from_training=_from_training,
     init=_init,
     roles=(
         ("backbone.embeddings.*", "embedding"),

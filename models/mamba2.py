@@ -16,17 +16,18 @@ Departure: [2] does not clamp the step size when it feeds one token at a time; h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
 from xexport.core.errors import CheckpointError
 from xexport.core.family import Family, LoadedModel
-from xexport.core.state import StateSpec
-from xexport.models._ssd import SSD_ROLES, RMSNorm, SsdMixer, SsdSizes, parse_limit, split_in_proj, ssd_init
+from xexport.models._chunk import FromFirstState
+from xexport.models._mamba import MambaFrame, tied_head
+from xexport.models._ssd import SSD_ROLES, SsdMixer, SsdSizes, parse_limit, split_in_proj, ssd_init
 
 __all__ = ["FAMILY", "Mamba2", "Mamba2Config", "Mamba2Training"]
 
@@ -88,70 +89,18 @@ PRESETS = {
 }
 
 
-class _Layer(nn.Module):
-    def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.width, config.norm_eps)
-        self.mixer = SsdMixer(config.sizes)
-
-
-class _Backbone(nn.Module):
-    def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
-        self.norm_f = RMSNorm(config.width, config.norm_eps)
-
-
-class Mamba2(nn.Module):
+class Mamba2(MambaFrame):
     """Mamba-2 in the chunk form; parameter names are those of [2] but for the mixers' ``dt_proj``."""
 
-    max_tokens: int | None = None
-
     def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.vocab_size = config.vocab_size
-        self.backbone = _Backbone(config)
-        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-
-    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """(tokens [B,T] int64, state as :meth:`state_spec`) -> (logits [B,T,V], new state)."""
-        x = self.backbone.embeddings(tokens)
-        new: list[Tensor] = []
-        for index, layer in enumerate(self.backbone.layers):
-            assert isinstance(layer, _Layer)
-            y, conv, ssm = layer.mixer(layer.norm(x), state[2 * index], state[2 * index + 1])
-            x = x + y
-            new += [conv, ssm]
-        return (self.lm_head(self.backbone.norm_f(x)), *new)
-
-    def state_spec(self) -> Sequence[StateSpec]:
-        """Two tensors a layer, all float32, all zero before the first token."""
-        shapes = self.config.sizes.states
-        return [
-            StateSpec(f"layers.{i}.{name}", shape)
-            for i in range(self.config.layers)
-            for name, shape in shapes.items()
-        ]
+        super().__init__(config, lambda: SsdMixer(config.sizes), config.sizes.states)
 
 
-class Mamba2Training(Mamba2):
-    """The same parameters, whole sequences from the zero state: ``forward(tokens [B,T]) -> logits``."""
-
-    def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:  # type: ignore[override]
-        """tokens [B,T] int64 -> logits [B,T,V]."""
-        batch = tokens.shape[0]
-        zeros = [
-            self.lm_head.weight.new_zeros([batch if d == "B" else int(d) for d in s.shape])
-            for s in self.state_spec()
-        ]
-        return super().forward(tokens, *zeros)[0]
+class Mamba2Training(FromFirstState, Mamba2):
+    """The same parameters, whole sequences from the first state."""
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "mamba2":
-        return "its metadata says mamba2"
+def _layout(raw: RawCheckpoint) -> str | None:
     if raw.config.get("model_type") == "mamba2":
         return "its config.json says mamba2"
     return None
@@ -192,14 +141,11 @@ def _config_from_hugging_face(raw: RawCheckpoint) -> Mamba2Config:
 def _load(raw: RawCheckpoint) -> LoadedModel:
     """Read a Hugging Face folder or a file of our own training; a tied head is the embedding."""
     config = own_config(raw, "mamba2", Mamba2Config)
-    tensors, notes = dict(raw.tensors), []
+    tensors: Mapping[str, Tensor] = raw.tensors
     if config is None:
         config = _config_from_hugging_face(raw)
-        tensors = split_in_proj(tensors)
-        if "lm_head.weight" not in tensors:
-            require_keys(raw, ("backbone.embeddings.weight",), "mamba2")
-            tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
-            notes.append("the head is tied to the embedding: both are written")
+        tensors = split_in_proj(dict(tensors))
+    tensors, notes = tied_head(raw, tensors, "mamba2")
     with torch.device("meta"):
         wanted = Mamba2(config)
     return LoadedModel(
@@ -223,11 +169,6 @@ def _init(module: Mamba2, seed: int) -> None:
             p.copy_(ssd_init(name, p.shape, module.config.layers, generator))
 
 
-def _from_training(config: Mamba2Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Training and chunk form share their parameter names."""
-    return dict(tensors)
-
-
 FAMILY = Family(
     name="mamba2",
     title="Mamba-2: state space with one decay a head (SSD)",
@@ -236,10 +177,9 @@ FAMILY = Family(
     presets=PRESETS,
     build=Mamba2,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     reads="a Hugging Face folder with model_type mamba2",
     train_form=Mamba2Training,
-    from_training=_from_training,
     init=_init,
     roles=(
         ("backbone.embeddings.*", "embedding"),

@@ -276,12 +276,6 @@ def _from_training(config: PerformerConfig, tensors: Mapping[str, Tensor]) -> di
     return {**{k: v.detach() for k, v in tensors.items()}, "turns": table}
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "performer":
-        return "its metadata says it is a Performer that xexport trained"
-    return None
-
-
 def _load(raw: RawCheckpoint) -> LoadedModel:
     config = own_config(raw, "performer", PerformerConfig)
     if config is None:
@@ -311,7 +305,6 @@ FAMILY = Family(
     },
     build=Performer,
     load=_load,
-    recognise=_recognise,
     train_form=PerformerTrain,
     from_training=_from_training,
     init=_init,

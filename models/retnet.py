@@ -341,9 +341,7 @@ _TORCHSCALE = (
 _HEADS = "retnet_rel_pos.decay"
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "retnet":
-        return "its metadata says it is a RetNet that xexport trained"
+def _layout(raw: RawCheckpoint) -> str | None:
     if any(key.endswith(_HEADS) for key in raw.tensors):
         return "it has torchscale's retnet_rel_pos.decay"
     return None
@@ -431,7 +429,7 @@ FAMILY = Family(
     },
     build=RetNet,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     reads="torchscale's key retnet_rel_pos.decay",
     train_form=RetNetTrain,
     from_training=_from_training,

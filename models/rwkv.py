@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._chunk import FromFirstState, layer_states
 from xexport.models._rwkv import tokens_of
 from xexport.ops.wkv7.reference import wkv7
 
@@ -221,29 +222,14 @@ class Rwkv(nn.Module):
             "wkv": ("B", H, N, N),
             "ffn_shift": ("B", C),
         }
-        return [
-            StateSpec(f"layers.{i}.{name}", shape)
-            for i in range(self.config.layers)
-            for name, shape in shapes.items()
-        ]
+        return layer_states(self.config.layers, shapes)
 
 
-class RwkvTraining(Rwkv):
-    """The same parameters, whole sequences from the zero state: ``forward(tokens [B,T]) -> logits``."""
-
-    def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:  # type: ignore[override]
-        """tokens [B,T] int64 -> logits [B,T,V]."""
-        batch = tokens.shape[0]
-        zeros = [
-            self.emb.weight.new_zeros([batch if d == "B" else int(d) for d in s.shape])
-            for s in self.state_spec()
-        ]
-        return super().forward(tokens, *zeros)[0]
+class RwkvTraining(FromFirstState, Rwkv):
+    """The same parameters, whole sequences from the first state."""
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "rwkv":
-        return "its metadata says rwkv"
+def _layout(raw: RawCheckpoint) -> str | None:
     if "blocks.0.att.r_k" in raw.tensors and "blocks.0.att.w1" in raw.tensors:
         return "it has blocks.0.att.r_k and .w1, the RWKV-7 layout"
     return None
@@ -368,11 +354,6 @@ def _init(module: Rwkv, seed: int) -> None:
         p.copy_(value.reshape(p.shape))
 
 
-def _from_training(config: RwkvConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Training and chunk form share their parameter names."""
-    return dict(tensors)
-
-
 FAMILY = Family(
     name="rwkv",
     title="RWKV-7 (x070): generalised delta rule, vector-valued decay",
@@ -381,10 +362,9 @@ FAMILY = Family(
     presets=PRESETS,
     build=Rwkv,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     reads="BlinkDL's RWKV-7 keys blocks.0.att.r_k and .w1",
     train_form=RwkvTraining,
-    from_training=_from_training,
     init=_init,
     roles=(
         ("emb.*", "embedding"),

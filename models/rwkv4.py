@@ -33,11 +33,11 @@ from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
 from xexport.core.errors import CheckpointError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._chunk import FromFirstState
 from xexport.models._rwkv import (
     ChannelMix,
     count_layers,
     matrix_init,
-    new_state,
     parameter,
     published_tensors,
     ramp,
@@ -166,17 +166,11 @@ class Rwkv4(nn.Module):
         ]
 
 
-class Rwkv4Training(Rwkv4):
-    """The same parameters, whole sequences from the first state: ``forward(tokens [B,T]) -> logits``."""
-
-    def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:  # type: ignore[override]
-        """tokens [B,T] int64 -> logits [B,T,V]."""
-        return super().forward(tokens, *new_state(self, tokens.shape[0]))[0]
+class Rwkv4Training(FromFirstState, Rwkv4):
+    """The same parameters, whole sequences from the first state."""
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "rwkv4":
-        return "its metadata says rwkv4"
+def _layout(raw: RawCheckpoint) -> str | None:
     if raw.config.get("model_type") == "rwkv":
         return "its config.json says rwkv, which is RWKV-4"
     t = raw.tensors
@@ -274,11 +268,6 @@ def _init(module: Rwkv4, seed: int) -> None:
         p.copy_(value.reshape(p.shape))
 
 
-def _from_training(config: Rwkv4Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Training and chunk form share their parameter names."""
-    return dict(tensors)
-
-
 FAMILY = Family(
     name="rwkv4",
     title="RWKV-4 (Dove): decaying average per channel",
@@ -287,10 +276,9 @@ FAMILY = Family(
     presets=PRESETS,
     build=Rwkv4,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     reads="BlinkDL's RWKV-4 keys blocks.0.att.time_mix_k without .ln_x, or model_type rwkv in config.json",
     train_form=Rwkv4Training,
-    from_training=_from_training,
     init=_init,
     roles=(
         ("emb.*", "embedding"),

@@ -23,7 +23,6 @@ Versions, which [3] tells apart by the keys: 5.2 is the one of [1]. 5.1 has one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
 from xexport.core.errors import CheckpointError
 from xexport.core.family import Family, LoadedModel
+from xexport.models._chunk import FromFirstState
 from xexport.models._rwkv import (
     ChannelMix,
     HeadedRwkv,
@@ -41,7 +41,6 @@ from xexport.models._rwkv import (
     count_layers,
     decay_init,
     matrix_init,
-    new_state,
     parameter,
     published_tensors,
     shifted,
@@ -147,18 +146,11 @@ class Rwkv5(HeadedRwkv):
         super().__init__(config, _TimeMix, lambda c: ChannelMix(c.width, c.hidden))
 
 
-class Rwkv5Training(Rwkv5):
-    """The same parameters, whole sequences from the zero state: ``forward(tokens [B,T]) -> logits``."""
-
-    def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:
-        """tokens [B,T] int64 -> logits [B,T,V]."""
-        logits: Tensor = super().forward(tokens, *new_state(self, tokens.shape[0]))[0]
-        return logits
+class Rwkv5Training(FromFirstState, Rwkv5):
+    """The same parameters, whole sequences from the first state."""
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "rwkv5":
-        return "its metadata says rwkv5"
+def _layout(raw: RawCheckpoint) -> str | None:
     att = "blocks.0.att."
     if att + "ln_x.weight" in raw.tensors and att + "time_mix_k" in raw.tensors:
         return "it has blocks.0.att.ln_x and .time_mix_k, the RWKV-5 layout"
@@ -237,11 +229,6 @@ def _init(module: Rwkv5, seed: int) -> None:
         p.copy_(value.reshape(p.shape))
 
 
-def _from_training(config: Rwkv5Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Training and chunk form share their parameter names."""
-    return dict(tensors)
-
-
 FAMILY = Family(
     name="rwkv5",
     title="RWKV-5 (Eagle): matrix-valued state, constant decay per channel",
@@ -250,10 +237,9 @@ FAMILY = Family(
     presets=PRESETS,
     build=Rwkv5,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     reads="BlinkDL's RWKV-5 keys blocks.0.att.ln_x and .time_mix_k",
     train_form=Rwkv5Training,
-    from_training=_from_training,
     init=_init,
     roles=(
         ("emb.*", "embedding"),

@@ -22,7 +22,6 @@ Departure: the five mixed inputs are made as one tensor [5,B,T,C], which is a th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
 from xexport.core.family import Family, LoadedModel
+from xexport.models._chunk import FromFirstState
 from xexport.models._rwkv import (
     HeadedRwkv,
     HeadedTimeMix,
@@ -38,7 +38,6 @@ from xexport.models._rwkv import (
     count_layers,
     decay_init,
     matrix_init,
-    new_state,
     parameter,
     published_tensors,
     shifted,
@@ -151,18 +150,11 @@ class Rwkv6(HeadedRwkv):
         super().__init__(config, _TimeMix, _ChannelMix)
 
 
-class Rwkv6Training(Rwkv6):
-    """The same parameters, whole sequences from the zero state: ``forward(tokens [B,T]) -> logits``."""
-
-    def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:
-        """tokens [B,T] int64 -> logits [B,T,V]."""
-        logits: Tensor = super().forward(tokens, *new_state(self, tokens.shape[0]))[0]
-        return logits
+class Rwkv6Training(FromFirstState, Rwkv6):
+    """The same parameters, whole sequences from the first state."""
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "rwkv6":
-        return "its metadata says rwkv6"
+def _layout(raw: RawCheckpoint) -> str | None:
     att = "blocks.0.att."
     if att + "time_maa_w1" in raw.tensors and att + "time_decay_w1" in raw.tensors:
         return "it has blocks.0.att.time_maa_w1 and .time_decay_w1, the RWKV-6 layout"
@@ -238,11 +230,6 @@ def _init(module: Rwkv6, seed: int) -> None:
         p.copy_(value.reshape(p.shape))
 
 
-def _from_training(config: Rwkv6Config, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Training and chunk form share their parameter names."""
-    return dict(tensors)
-
-
 FAMILY = Family(
     name="rwkv6",
     title="RWKV-6 (Finch): matrix-valued state, decay per token and channel",
@@ -251,10 +238,9 @@ FAMILY = Family(
     presets=PRESETS,
     build=Rwkv6,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     reads="BlinkDL's RWKV-6 keys blocks.0.att.time_maa_w1 and .time_decay_w1",
     train_form=Rwkv6Training,
-    from_training=_from_training,
     init=_init,
     roles=(
         ("emb.*", "embedding"),

@@ -52,6 +52,7 @@ from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, re
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._chunk import RMSNorm
 from xexport.ops.cached_attention.reference import cached_attention
 
 __all__ = [
@@ -154,16 +155,6 @@ class TransformerConfig:
     def window(self, layer: int) -> int:
         """W of a layer, or 0."""
         return self.windows[layer % len(self.windows)] if self.windows else 0
-
-
-class _RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 class _FeedForward(nn.Module):
@@ -290,9 +281,9 @@ class _Block(nn.Module):
     def __init__(self, c: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.simple = c.block == "simplified"
-        self.input_layernorm = _RMSNorm(c.width, c.eps)
+        self.input_layernorm = RMSNorm(c.width, c.eps)
         self.self_attn = _Attention(c, layer)
-        self.post_attention_layernorm = None if self.simple else _RMSNorm(c.width, c.eps)
+        self.post_attention_layernorm = None if self.simple else RMSNorm(c.width, c.eps)
         self.mlp = None if c.shared_ffn else _FeedForward(c)
         if self.simple:
             self.ffn_gain, self.attention_gain = (nn.Parameter(torch.ones(1)) for _ in range(2))
@@ -317,7 +308,7 @@ class _Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(_Block(c, i) for i in range(c.layers))
         self.mlp = _FeedForward(c) if c.shared_ffn else None
-        self.norm = _RMSNorm(c.width, c.eps)
+        self.norm = RMSNorm(c.width, c.eps)
         self.register_buffer("turns", torch.tensor(_turns(c), dtype=torch.int64))
 
     def blocks(self) -> list[tuple[_Block, _FeedForward]]:
@@ -540,9 +531,7 @@ _HUGGING_FACE = ("llama", "mistral", "qwen2")
 _DEFAULT_BOUND = 4096
 
 
-def _recognise(raw: RawCheckpoint) -> str | None:
-    if raw.metadata.get("xexport.family") == "transformer":
-        return "its metadata says it is a Transformer that xexport trained"
+def _layout(raw: RawCheckpoint) -> str | None:
     kind = raw.config.get("model_type")
     return f"its config.json says model_type {kind}" if kind in _HUGGING_FACE else None
 
@@ -693,7 +682,7 @@ FAMILY = Family(
     presets=PRESETS,
     build=Transformer,
     load=_load,
-    recognise=_recognise,
+    layout=_layout,
     reads="a Hugging Face folder of a Llama, Mistral or Qwen2",
     train_form=TransformerTrain,
     from_training=_from_training,
