@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,20 @@ from xexport.core.state import StateSpec, state_shape
 
 __all__ = [
     "TARGETS",
+    "assert_same",
     "check_cuts",
     "check_export",
     "check_gradients",
     "check_init",
     "check_training_form",
+    "draw_tokens",
     "error",
+    "in_chunks",
     "load_module",
     "new_state",
     "operators",
     "random_model",
+    "random_state",
     "role",
 ]
 
@@ -46,6 +52,35 @@ def new_state(module: Any, batch: int) -> list[Tensor]:
     """The state before the first token."""
     specs: list[StateSpec] = module.state_spec()
     return [torch.full(state_shape(s, batch), s.init, dtype=getattr(torch, s.dtype)) for s in specs]
+
+
+def random_state(module: Any, batch: int, seed: int, position: int | None = None) -> list[Tensor]:
+    """A state far from the first one; with ``position`` the last tensor, [1] int64, says that."""
+    rng = torch.Generator().manual_seed(seed)
+    specs = module.state_spec()[: None if position is None else -1]
+    drawn = [torch.randn(state_shape(s, batch), generator=rng) for s in specs]
+    return drawn if position is None else [*drawn, torch.tensor([position])]
+
+
+def draw_tokens(batch: int, length: int, seed: int = 0, vocab: int = 29) -> Tensor:
+    """Random tokens [B,T] of a small vocabulary."""
+    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def in_chunks(module: Any, tokens: Tensor, state: Sequence[Tensor], cuts: Sequence[int]) -> list[Tensor]:
+    """The logits of the whole and the last state, fed piece by piece; ``cuts`` are positions in order."""
+    logits = []
+    for a, b in itertools.pairwise((0, *cuts, tokens.shape[1])):
+        if a < b:
+            out, *state = module(tokens[:, a:b], *state)
+            logits.append(out)
+    return [torch.cat(logits, 1), *state]
+
+
+def assert_same(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> None:
+    """Tensor by tensor, by :func:`error`."""
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b) <= tolerance
 
 
 def load_module(family: Family, path: Path) -> Any:
@@ -69,11 +104,8 @@ def check_cuts(module: Any, batch: int, lengths: list[int]) -> None:
     _, *used = module(torch.randint(0, module.vocab_size, (batch, 5)), *first)
     for start in (first, used):
         whole, *end = module(tokens, *start)
-        state, pieces = start, []
-        for piece in tokens.split(lengths, 1):
-            logits, *state = module(piece, *state)
-            pieces.append(logits)
-        assert error(torch.cat(pieces, 1), whole) < TOLERANCES["model_fp32"]
+        logits, *state = in_chunks(module, tokens, start, [*itertools.accumulate(lengths[:-1])])
+        assert error(logits, whole) < TOLERANCES["model_fp32"]
         for spec, got, want in zip(module.state_spec(), state, end, strict=True):
             assert error(got, want) < TOLERANCES["model_fp32"], spec.name
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_function import under_own_domain
 from onnx.reference import ReferenceEvaluator
 from tolerances import TOLERANCES
 
 from xexport.core.errors import ExportError
-from xexport.core.op import Body, OpSpec
 from xexport.core.registry import get_op
 from xexport.exporter.functions import attach_functions
 from xexport.ops.delta_rule.reference import delta_rule
@@ -26,22 +22,7 @@ SPEC = get_op("delta_rule")
 SCALE = 0.37
 
 
-def renamed(build: Callable[[int], onnx.FunctionProto]) -> Callable[[int], onnx.FunctionProto]:
-    def make(opset: int) -> onnx.FunctionProto:
-        function = build(opset)
-        function.domain = "fallback"
-        return function
-
-    return make
-
-
-def fallback() -> OpSpec:
-    """The operator under a domain of its own, so that no kernel of ONNX Runtime takes its place."""
-    bodies = {name: Body(renamed(body.build), body.why) for name, body in SPEC.bodies.items()}
-    return dataclasses.replace(SPEC, domain="fallback", bodies=bodies)
-
-
-WAYS = {"kernel": SPEC, "fallback": fallback()}
+WAYS = {"kernel": SPEC, "fallback": under_own_domain(SPEC)}
 
 
 def inputs(B: int, T: int, H: int, K: int, V: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -128,7 +109,7 @@ def test_chunk_law(T: int, cut: int, way: str) -> None:
 
 def test_onnx_reference_runs_the_body() -> None:
     x = inputs(2, 3, 2, 3, 4)
-    model = op_model(fallback(), x, "scan", 23, attributes(2))
+    model = op_model(under_own_domain(SPEC), x, "scan", 23, attributes(2))
     for a, b in zip(ReferenceEvaluator(model).run(None, x), wanted(x, 2), strict=True):
         assert error(a, b) <= TOLERANCES["op_fp32"]
 

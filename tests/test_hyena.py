@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from chunk_form import assert_same, in_chunks
+from chunk_form import draw_tokens as tokens
+from chunk_form import new_state as fresh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -20,7 +21,6 @@ from torch import Tensor
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.errors import CheckpointError, InputError, LimitError
 from xexport.core.registry import get_family
-from xexport.core.state import zero_state
 from xexport.models.hyena import Hyena, HyenaConfig, HyenaTrain
 
 FAMILY = get_family("hyena")
@@ -35,29 +35,6 @@ def made(config: HyenaConfig = TINY, seed: int = 0) -> tuple[Hyena, HyenaTrain]:
     module: Hyena = FAMILY.build(config)
     module.load_state_dict(FAMILY.from_training(config, train.state_dict()))
     return module.eval().requires_grad_(False), train.eval()
-
-
-def fresh(module: Hyena, batch: int) -> list[Tensor]:
-    return [torch.from_numpy(a) for a in zero_state(module.state_spec(), batch)]
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, TINY.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def in_chunks(module: Hyena, x: Tensor, state: Sequence[Tensor], cuts: Sequence[int]) -> list[Tensor]:
-    logits = []
-    for a, b in itertools.pairwise((0, *cuts, x.shape[1])):
-        if a < b:
-            out, *state = module(x[:, a:b], *state)
-            logits.append(out)
-    return [torch.cat(logits, 1), *state]
-
-
-def assert_same(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> None:
-    for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape
-        assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
 
 @settings(max_examples=15, deadline=None)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-
 import numpy as np
-import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from local_function import under_own_domain
 from onnx.reference import ReferenceEvaluator
 from tolerances import TOLERANCES
 
-from xexport.core.op import Body, OpSpec
 from xexport.core.registry import get_op
 from xexport.ops.linear_attention.reference import linear_attention
 from xexport.ops.run import op_model, run_body
@@ -23,25 +19,10 @@ SPEC = get_op("linear_attention")
 SCALE = 0.37
 
 
-def renamed(build: Callable[[int], onnx.FunctionProto]) -> Callable[[int], onnx.FunctionProto]:
-    def make(opset: int) -> onnx.FunctionProto:
-        function = build(opset)
-        function.domain = "fallback"
-        return function
-
-    return make
-
-
-def fallback() -> OpSpec:
-    """The operator under a domain of its own, so that no kernel of ONNX Runtime takes its place."""
-    bodies = {name: Body(renamed(body.build), body.why) for name, body in SPEC.bodies.items()}
-    return dataclasses.replace(SPEC, domain="fallback", bodies=bodies)
-
-
 WAYS = {
     "kernel": (SPEC, "chunked"),
-    "fallback-chunked": (fallback(), "chunked"),
-    "fallback-parallel": (fallback(), "parallel"),
+    "fallback-chunked": (under_own_domain(SPEC), "chunked"),
+    "fallback-parallel": (under_own_domain(SPEC), "parallel"),
 }
 
 
@@ -175,6 +156,6 @@ def test_strong_decay_does_not_overflow(way: str, by_key: bool) -> None:
 @pytest.mark.parametrize("T", [1, 3, 66])
 def test_onnx_reference_runs_the_body(variant: str, T: int) -> None:
     x = inputs(2, T, 2, 3, 4)
-    model = op_model(fallback(), x, variant, 23, attributes(2))
+    model = op_model(under_own_domain(SPEC), x, variant, 23, attributes(2))
     for a, b in zip(ReferenceEvaluator(model).run(None, x), wanted(x, 2), strict=True):
         assert error(a, b) <= TOLERANCES["linear_attention_fp32"]

@@ -9,39 +9,29 @@ from typing import Any
 
 import pytest
 import torch
+from chunk_form import (
+    check_cuts,
+    check_gradients,
+    check_init,
+    check_training_form,
+    error,
+    load_module,
+    new_state,
+    operators,
+    random_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
-from torch import Tensor
 
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.errors import CheckpointError
 from xexport.core.registry import get_family
-from xexport.core.state import state_shape
-from xexport.models.mamba import Mamba, MambaConfig
+from xexport.models.mamba import MambaConfig
 
 FAMILY = get_family("mamba")
 TINY = FAMILY.presets["tiny"]
-
-
-def random_model(config: MambaConfig = TINY, seed: int = 0) -> Mamba:
-    """Initial weights plus noise, so that every path carries a signal."""
-    torch.manual_seed(seed)
-    module: Mamba = FAMILY.build(config).eval().requires_grad_(False)
-    FAMILY.init(module, seed)
-    for p in module.parameters():
-        p.add_(torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.5 * p.shape[-1] ** -0.5))
-    return module
-
-
-def zero_state(module: Mamba, batch: int) -> list[Tensor]:
-    return [torch.zeros(state_shape(s, batch)) for s in module.state_spec()]
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / max(1.0, want.abs().max().item())).item()
 
 
 @settings(max_examples=20, deadline=None)
@@ -54,59 +44,28 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_any_cut_gives_the_same_logits_and_state(
     batch: int, lengths: list[int], kernel: int, seed: int
 ) -> None:
-    module = random_model(MambaConfig(2, 20, 31, state_size=3, conv_kernel=kernel), seed)
-    tokens = torch.randint(0, 31, (batch, sum(lengths)))
-    start = [torch.randn(state_shape(s, batch)) for s in module.state_spec()]
-    whole, *end = module(tokens, *start)
-    state, pieces = start, []
-    for piece in tokens.split(lengths, 1):
-        logits, *state = module(piece, *state)
-        pieces.append(logits)
-    assert error(torch.cat(pieces, 1), whole) < TOLERANCES["model_fp32"]
-    for spec, got, want in zip(module.state_spec(), state, end, strict=True):
-        assert error(got, want) < TOLERANCES["model_fp32"], spec.name
+    config = MambaConfig(2, 20, 31, state_size=3, conv_kernel=kernel)
+    check_cuts(random_model(FAMILY, config, seed), batch, lengths)
 
 
 def test_training_form_is_the_chunk_form_from_the_zero_state() -> None:
-    module = random_model()
-    training = FAMILY.train_form(TINY)
-    training.load_state_dict(module.state_dict())
-    tokens = torch.randint(0, TINY.vocab_size, (2, 37))
-    assert (
-        error(training(tokens).detach(), module(tokens, *zero_state(module, 2))[0]) < TOLERANCES["model_fp32"]
-    )
-    chunk = FAMILY.from_training(TINY, training.state_dict())
-    assert set(chunk) == set(module.state_dict())
+    check_training_form(FAMILY, TINY)
 
 
-def test_every_parameter_gets_a_gradient_from_the_initial_values() -> None:
-    training = FAMILY.train_form(TINY)
-    FAMILY.init(training, 0)
-    training(torch.randint(0, TINY.vocab_size, (2, 20))).log_softmax(-1)[..., 3].mean().backward()
-    without = [n for n, p in training.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert without == []
+def test_every_parameter_gets_a_gradient_and_init_depends_on_the_seed_alone() -> None:
+    check_gradients(FAMILY, TINY)
+    check_init(FAMILY, TINY)
 
 
-def test_init_depends_on_the_seed_alone_and_spreads_the_step_sizes() -> None:
-    one, two, other = (FAMILY.build(TINY) for _ in range(3))
-    FAMILY.init(one, 7)
-    FAMILY.init(two, 7)
-    FAMILY.init(other, 8)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
-    dt = torch.nn.functional.softplus(one.backbone.layers[0].mixer.dt_proj.bias)
+def test_initial_step_sizes_are_spread() -> None:
+    module = FAMILY.build(TINY)
+    FAMILY.init(module, 7)
+    dt = torch.nn.functional.softplus(module.backbone.layers[0].mixer.dt_proj.bias)
     assert 0.0009 < dt.min() < dt.max() < 0.11
 
 
 def test_export_keeps_one_operator_a_layer_and_dynamic_axes() -> None:
-    with torch.device("meta"):
-        module = FAMILY.build(TINY)
-        args = (torch.zeros(2, 3, dtype=torch.int64), *zero_state(module, 2))
-    batch, length = torch.export.Dim("B"), torch.export.Dim("T")
-    shapes = {"tokens": {0: batch, 1: length}, "state": tuple({0: batch} for _ in args[1:])}
-    program = torch.export.export(module, args, dynamic_shapes=shapes)
-    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-    assert targets.count("xexport.selective_scan.default") == TINY.layers
+    assert operators(FAMILY, TINY).count("xexport.selective_scan.default") == TINY.layers
 
 
 def save_hugging_face(folder: Path, **changes: Any) -> Any:
@@ -147,12 +106,11 @@ def test_parity_with_transformers(tmp_path: Path, changes: dict[str, Any]) -> No
     raw = open_checkpoint(tmp_path)
     assert FAMILY.recognise(raw)
     loaded = FAMILY.load(raw)
-    module: Mamba = FAMILY.build(loaded.config).eval().requires_grad_(False)
-    module.load_state_dict(loaded.tensors)
+    module = load_module(FAMILY, tmp_path)
     tokens = torch.randint(0, 41, (2, 11))
     with torch.no_grad():
         want = model(tokens, use_cache=True)
-    got, *state = module(tokens, *zero_state(module, 2))
+    got, *state = module(tokens, *new_state(module, 2))
     assert error(got, want.logits) < TOLERANCES["oracle_fp32"]
     cache = want.cache_params
     for token in (3, 17):
@@ -185,12 +143,11 @@ def test_parity_with_falcon_mamba(tmp_path: Path) -> None:
     assert "falcon_mamba" in str(FAMILY.recognise(raw))
     loaded = FAMILY.load(raw)
     assert loaded.config.mixer_norm_eps == 1e-3
-    module: Mamba = FAMILY.build(loaded.config).eval().requires_grad_(False)
-    module.load_state_dict(loaded.tensors)
+    module = load_module(FAMILY, tmp_path)
     tokens = torch.randint(0, 41, (2, 11))
     with torch.no_grad():
         want = model(tokens).logits
-    got, *state = module(tokens[:, :9], *zero_state(module, 2))
+    got, *state = module(tokens[:, :9], *new_state(module, 2))
     pieces = [got]
     for t in (9, 10):
         got, *state = module(tokens[:, t : t + 1], *state)
@@ -205,7 +162,7 @@ def test_loads_a_file_of_our_own_training(tmp_path: Path) -> None:
         "xexport.layout": "training",
         "xexport.config": json.dumps(config),
     }
-    tensors = {k: v.half() for k, v in random_model().state_dict().items()}
+    tensors = {k: v.half() for k, v in random_model(FAMILY, TINY).state_dict().items()}
     save_file(tensors, tmp_path / "own.safetensors", metadata)
     loaded = FAMILY.load(open_checkpoint(tmp_path / "own.safetensors"))
     assert loaded.config == TINY

@@ -5,27 +5,27 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from chunk_form import assert_same, in_chunks
+from chunk_form import draw_tokens as tokens
+from chunk_form import new_state as fresh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
-from torch import Tensor
 
 import xexport
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.registry import get_family
-from xexport.core.state import state_shape, zero_state
+from xexport.core.state import state_shape
 from xexport.models.performer import Performer, PerformerConfig, _directions
 
 FAMILY = get_family("performer")
@@ -38,29 +38,6 @@ def made(config: PerformerConfig = TINY, seed: int = 0) -> Performer:
     module: Performer = FAMILY.build(config)
     FAMILY.init(module, seed)
     return module.eval().requires_grad_(False)
-
-
-def fresh(module: Performer, batch: int) -> list[Tensor]:
-    return [torch.from_numpy(a) for a in zero_state(module.state_spec(), batch)]
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 29, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def in_chunks(module: Performer, x: Tensor, state: Sequence[Tensor], cuts: Sequence[int]) -> list[Tensor]:
-    logits = []
-    for a, b in itertools.pairwise((0, *cuts, x.shape[1])):
-        if a < b:
-            out, *state = module(x[:, a:b], *state)
-            logits.append(out)
-    return [torch.cat(logits, 1), *state]
-
-
-def assert_same(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> None:
-    for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape
-        assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
 
 @settings(max_examples=15, deadline=None)

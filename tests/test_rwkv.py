@@ -14,47 +14,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chunk_form import (
+    check_cuts,
+    check_gradients,
+    check_init,
+    check_training_form,
+    error,
+    load_module,
+    new_state,
+    operators,
+    random_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reversal import VOCABULARY, need, write_published
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
-from torch import Tensor
 
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.errors import CheckpointError
 from xexport.core.registry import get_family
-from xexport.core.state import state_shape
 from xexport.models.rwkv import Rwkv, RwkvConfig
 
 FAMILY = get_family("rwkv")
 TINY = FAMILY.presets["tiny"]
-
-
-def random_model(config: RwkvConfig = TINY, seed: int = 0) -> Rwkv:
-    """Initial weights plus noise, so that no path is close to zero."""
-    torch.manual_seed(seed)
-    module: Rwkv = FAMILY.build(config).eval().requires_grad_(False)
-    FAMILY.init(module, seed)
-    for p in module.parameters():
-        p.add_(torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.5 * p.shape[-1] ** -0.5))
-    return module
-
-
-def zero_state(module: Rwkv, batch: int) -> list[Tensor]:
-    return [torch.zeros(state_shape(s, batch)) for s in module.state_spec()]
-
-
-def load_module(path: Path) -> Rwkv:
-    loaded = FAMILY.load(open_checkpoint(path))
-    module: Rwkv = FAMILY.build(loaded.config).eval().requires_grad_(False)
-    module.load_state_dict(loaded.tensors)
-    return module
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    assert got.shape == want.shape
-    return ((got - want).abs().max() / max(1.0, want.abs().max().item())).item()
 
 
 @settings(max_examples=12, deadline=None)
@@ -64,64 +47,27 @@ def error(got: Tensor, want: Tensor) -> float:
     seed=st.integers(0, 50),
 )
 def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int], seed: int) -> None:
-    module = random_model(seed=seed)
-    tokens = torch.randint(0, TINY.vocab_size, (batch, sum(lengths)))
-    start = [torch.randn(state_shape(s, batch)) for s in module.state_spec()]
-    whole, *end = module(tokens, *start)
-    state, pieces = start, []
-    for piece in tokens.split(lengths, 1):
-        logits, *state = module(piece, *state)
-        pieces.append(logits)
-    assert error(torch.cat(pieces, 1), whole) < TOLERANCES["model_fp32"]
-    for spec, got, want in zip(module.state_spec(), state, end, strict=True):
-        assert error(got, want) < TOLERANCES["model_fp32"], spec.name
+    check_cuts(random_model(FAMILY, TINY, seed), batch, lengths)
 
 
 def test_training_form_is_the_chunk_form_from_the_zero_state() -> None:
-    module = random_model()
-    training = FAMILY.train_form(TINY)
-    training.load_state_dict(module.state_dict())
-    tokens = torch.randint(0, TINY.vocab_size, (2, 37))
-    assert (
-        error(training(tokens).detach(), module(tokens, *zero_state(module, 2))[0]) < TOLERANCES["model_fp32"]
-    )
-    chunk = FAMILY.from_training(TINY, training.state_dict())
-    assert set(chunk) == set(module.state_dict())
+    check_training_form(FAMILY, TINY)
 
 
-def test_every_parameter_gets_a_gradient_from_the_initial_values() -> None:
-    training = FAMILY.train_form(TINY)
-    FAMILY.init(training, 0)
-    training(torch.randint(0, TINY.vocab_size, (2, 20))).log_softmax(-1)[..., 3].mean().backward()
-    without = [n for n, p in training.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert without == []
-
-
-def test_init_depends_on_the_seed_alone() -> None:
-    one, two, other = (FAMILY.build(TINY) for _ in range(3))
-    FAMILY.init(one, 7)
-    FAMILY.init(two, 7)
-    FAMILY.init(other, 8)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.head.weight, other.head.weight)
+def test_every_parameter_gets_a_gradient_and_init_depends_on_the_seed_alone() -> None:
+    check_gradients(FAMILY, TINY)
+    check_init(FAMILY, TINY)
 
 
 def test_export_keeps_one_operator_a_layer_and_dynamic_axes() -> None:
-    with torch.device("meta"):
-        module = FAMILY.build(TINY)
-        args = (torch.zeros(2, 3, dtype=torch.int64), *zero_state(module, 2))
-    batch, length = torch.export.Dim("B"), torch.export.Dim("T")
-    shapes = {"tokens": {0: batch, 1: length}, "state": tuple({0: batch} for _ in args[1:])}
-    program = torch.export.export(module, args, dynamic_shapes=shapes)
-    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
-    assert targets.count("xexport.wkv7.default") == TINY.layers
+    assert operators(FAMILY, TINY).count("xexport.wkv7.default") == TINY.layers
 
 
 @pytest.mark.oracle
 def test_logits_of_the_published_test_model() -> None:
-    module = load_module(need("rwkv7-834k.pth"))
+    module = load_module(FAMILY, need("rwkv7-834k.pth"))
     expected = np.load(need("rwkv7-834k.expected-logits.npy"))
-    logits = module(torch.tensor([list(b'"in')]), *zero_state(module, 1))[0][0, -1]
+    logits = module(torch.tensor([list(b'"in')]), *new_state(module, 1))[0][0, -1]
     assert np.abs(logits.numpy() - expected).max() < TOLERANCES["oracle_fp32"]
 
 
@@ -161,7 +107,7 @@ def test_parity_with_the_rwkv_package(tmp_path: Path) -> None:
         capture_output=True,
     )
     oracle = {k: torch.from_numpy(v) for k, v in np.load(tmp_path / "o.npz").items()}
-    logits, *state = module(tokens, *zero_state(module, 1))
+    logits, *state = module(tokens, *new_state(module, 1))
     assert error(logits[0], oracle["logits"]) < TOLERANCES["oracle_fp32"]
     step, *state = module(torch.tensor([[5]]), *state)
     assert error(step[0, 0], oracle["step"].flatten()) < TOLERANCES["oracle_fp32"]
@@ -172,7 +118,7 @@ def test_parity_with_the_rwkv_package(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def reversal(tmp_path_factory: pytest.TempPathFactory) -> Rwkv:
     out = tmp_path_factory.mktemp("reversal") / "reverse.pth"
-    return load_module(write_published(need("rwkv7-reverse-l2.pth"), out))
+    return load_module(FAMILY, write_published(need("rwkv7-reverse-l2.pth"), out))
 
 
 @pytest.mark.oracle
@@ -185,7 +131,7 @@ def test_trained_model_reverses_every_string_of_1_to_60_digits(reversal: Rwkv) -
     for length in range(1, 61):
         digits = "".join(rng.choice("0123456789") for _ in range(length))
         ids = [VOCABULARY.index(c) for c in digits + ","]
-        logits, *state = reversal(torch.tensor([ids]), *zero_state(reversal, 1))
+        logits, *state = reversal(torch.tensor([ids]), *new_state(reversal, 1))
         written = ""
         for _ in range(length):
             token = logits[0, -1].argmax().item()
@@ -198,7 +144,7 @@ def test_trained_model_reverses_every_string_of_1_to_60_digits(reversal: Rwkv) -
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_loads_published_bfloat16_with_unread_tensors_of_block_0(tmp_path: Path, suffix: str) -> None:
-    module = random_model()
+    module = random_model(FAMILY, TINY)
     tensors = {k: v.bfloat16() for k, v in module.state_dict().items()}
     tensors |= {f"blocks.0.att.v{i}": torch.zeros(2) for i in range(3)}
     path = tmp_path / f"model{suffix}"
@@ -213,7 +159,7 @@ def test_loads_published_bfloat16_with_unread_tensors_of_block_0(tmp_path: Path,
 
 
 def test_loads_a_file_of_our_own_training(tmp_path: Path) -> None:
-    tensors = {k: v.half() for k, v in random_model().state_dict().items()}
+    tensors = {k: v.half() for k, v in random_model(FAMILY, TINY).state_dict().items()}
     metadata = {
         "xexport.family": "rwkv",
         "xexport.layout": "training",
@@ -241,7 +187,7 @@ def _tiny_rest() -> dict[str, int]:
     ids=["no head", "a tensor missing", "a wrong rank", "a wrong width"],
 )
 def test_a_bad_checkpoint_is_refused_by_tensor_name(tmp_path: Path, change: object, says: str) -> None:
-    tensors = dict(random_model().state_dict())
+    tensors = dict(random_model(FAMILY, TINY).state_dict())
     assert callable(change)
     change(tensors)
     torch.save(tensors, tmp_path / "bad.pth")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from chunk_form import assert_same, in_chunks, random_state
+from chunk_form import draw_tokens as tokens
+from chunk_form import new_state as fresh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -23,7 +24,6 @@ import xexport
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.errors import CheckpointError, InputError, LimitError
 from xexport.core.registry import get_family
-from xexport.core.state import state_shape, zero_state
 from xexport.models.transformer import Transformer, TransformerConfig
 
 FAMILY = get_family("transformer")
@@ -45,36 +45,6 @@ def made(config: TransformerConfig = TINY, seed: int = 0) -> Transformer:
         if name.endswith("bias"):
             p.normal_(generator=rng)
     return module.eval()
-
-
-def fresh(module: Transformer, batch: int) -> list[Tensor]:
-    return [torch.from_numpy(a) for a in zero_state(module.state_spec(), batch)]
-
-
-def random_state(module: Transformer, batch: int, seed: int, position: int) -> list[Tensor]:
-    rng = torch.Generator().manual_seed(seed)
-    shapes = [state_shape(s, batch) for s in module.state_spec()[:-1]]
-    return [*(torch.randn(s, generator=rng) for s in shapes), torch.tensor([position])]
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 29, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def in_chunks(module: Transformer, x: Tensor, state: Sequence[Tensor], cuts: Sequence[int]) -> list[Tensor]:
-    """Logits of the whole and the last state, fed piece by piece."""
-    logits = []
-    for a, b in itertools.pairwise((0, *cuts, x.shape[1])):
-        if a < b:
-            out, *state = module(x[:, a:b], *state)
-            logits.append(out)
-    return [torch.cat(logits, 1), *state]
-
-
-def assert_same(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float) -> None:
-    for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape
-        assert float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
 
 @settings(max_examples=30, deadline=None)
