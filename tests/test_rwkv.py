@@ -86,7 +86,7 @@ np.savez(sys.argv[2], logits=logits.numpy(), step=step.numpy(), wkv=state[4].num
 def test_parity_with_the_rwkv_package(tmp_path: Path) -> None:
     if importlib.util.find_spec("rwkv") is None:
         pytest.skip("the package rwkv (0.8.32) is not installed")
-    module = random_model(RwkvConfig(3, 128, 50, 64, 200, 16, 12, 8, 24), seed=3)
+    module = random_model(FAMILY, RwkvConfig(3, 128, 50, 64, 200, 16, 12, 8, 24), seed=3)
     torch.save(dict(module.state_dict()), tmp_path / "model.pth")
     tokens = torch.randint(0, 50, (1, 19))
     text = ",".join(str(t) for t in tokens[0].tolist())
