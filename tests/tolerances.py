@@ -71,6 +71,10 @@ _ROWS: dict[str, tuple[float, str]] = {
     "tiny_logits_fp16": (2e-3, "RMS over RMS: 11 bits, 2e-4 a weight, over two layers"),
     "tiny_logits_int8": (0.05, "RMS over RMS: 0.6% a weight, over two layers of some ten products"),
     "tiny_logits_int4": (0.5, "RMS over RMS: 10% a weight, over two layers of some ten products"),
+    "features": (
+        1e-5,
+        "absolute, of logarithms up to 25: sums in double precision, then one rounding to float32 (1e-6)",
+    ),
     "tiny_kl_fp32": (1e-9, "mean KL in nats; measured 1e-14"),
     "tiny_kl_fp16": (1e-6, "mean KL in nats on tiny random models; measured up to 4e-8"),
     "tiny_kl_int8": (1e-4, "mean KL in nats on tiny random models; measured up to 2.4e-5"),
