@@ -19,9 +19,7 @@ The operator of order N:
 The paper's recurrence convolves first and then gates, N times; safari (and StripedHyena) gate first,
 N-1 times, as the short convolution already stands for the first. That is what is done here.
 
-The filters are implicit: h_n[t] = window(t) * FFN(features(t)), with sine activations,
-features(t) = [t/(L-1), cos(f w), -sin(f w)], w = 2 pi t / L, bands f = 1e-4 .. bands-1, and
-window(t) = shift + exp(-|delta_c| t/(L-1)) with delta from log(0.01)/1.5 to log(0.01)/0.3 over the channels.
+The filters are implicit, h_n[t] = window(t) * FFN(features(t)) with sine activations: models/_implicit.py.
 The training form holds the FFN. The chunk form holds the filters it makes, [d,L] each, computed once in
 float64: nothing of the FFN is left at run time.
 
@@ -35,8 +33,6 @@ State: ``layers.<i>.short`` [B,2,(N+1)d] float32 (the last two projections), ``l
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,12 +45,14 @@ from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._implicit import FilterSizes, ImplicitFilter, published_filters
+from xexport.models._monarch import GatedBlocks
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
 from xexport.ops.hyena_conv.reference import hyena_conv
 
-__all__ = ["FAMILY", "Hyena", "HyenaConfig", "HyenaTrain"]
+__all__ = ["FAMILY", "Hyena", "HyenaConfig", "HyenaTrain", "load_own"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class HyenaConfig:
     Attributes:
         vocab_size, width, layers: V, d, number of blocks.
         ffn: inner width of the MLP.
+        mlp_blocks: 0 for the MLP above, else the gated one of Monarch Mixer, of so many blocks (m2_gpt.py).
         max_tokens: L, the filters' length and the longest stream.
         order: N >= 2.
         filter_width, filter_inner: width of the filters' FFN, and its layers between first and last.
@@ -85,6 +84,7 @@ class HyenaConfig:
     filter_frequency: float = 14.0
     filter_shift: float = 0.0
     eps: float = 1e-5
+    mlp_blocks: int = 0
 
     def __post_init__(self) -> None:
         sizes = (self.vocab_size, self.width, self.layers, self.ffn, self.filter_width)
@@ -97,41 +97,13 @@ class HyenaConfig:
                 "filter_features holds time and pairs", got=self.filter_features, allowed="3, 5, 7 ..."
             )
 
-
-class _ImplicitFilter(nn.Module):
-    """The FFN that makes the N-1 filters of a layer; see the module's docstring."""
-
-    def __init__(self, c: HyenaConfig) -> None:
-        super().__init__()
-        self.c = c
-        widths = [c.filter_features] + [c.filter_width] * (c.filter_inner + 1)
-        self.ffn = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
-        self.last = nn.Linear(c.filter_width, c.width * (c.order - 1), bias=False)
-        self.frequency = nn.Parameter(torch.ones(c.filter_width))
-
-    def forward(self, length: int) -> Tensor:
-        """The first ``length`` points of the filters, ``[N-1,d,length]``."""
-        c = self.c
-        step = torch.arange(length, dtype=self.frequency.dtype, device=self.frequency.device)
-        time = (step / (c.max_tokens - 1))[:, None]
-        bands = (c.filter_features - 1) // 2
-        phase = _line(step, 1e-4, bands - 1, bands) * (2 * math.pi / c.max_tokens * step[:, None])
-        z = torch.cat((time, phase.cos(), -phase.sin()), 1)
-        slow, fast = (-math.log(1e-2) / share for share in (1.5, 0.3))
-        window = torch.exp(-time * _line(step, slow, fast, c.width * (c.order - 1)))
-        return self.windowed(z, window + c.filter_shift)
-
-    def windowed(self, features: Tensor, window: Tensor) -> Tensor:
-        """Filters ``[N-1,d,length]`` from ``[length,features]`` and a window ``[length,(N-1)*d]``."""
-        z = features
-        for linear in self.ffn:
-            z = torch.sin(self.frequency * linear(z))
-        shaped = torch.unflatten((self.last(z) * window).T, 0, (self.c.width, self.c.order - 1))
-        return shaped.transpose(0, 1)
-
-
-def _line(like: Tensor, start: float, end: float, count: int) -> Tensor:
-    return torch.linspace(start, end, count, dtype=like.dtype, device=like.device)
+    @property
+    def filter_sizes(self) -> FilterSizes:
+        """What the filters' networks are made of."""
+        inner, features = self.filter_inner, self.filter_features
+        return FilterSizes(
+            self.width, self.order - 1, self.max_tokens, self.filter_width, inner, features, self.filter_shift
+        )
 
 
 class _Mixer(nn.Module):
@@ -163,12 +135,18 @@ class _Block(nn.Module):
         self.hyena = _Mixer(c)
         self.filters = filters
         self.mlp_norm = nn.LayerNorm(c.width, c.eps)
-        self.fc1 = nn.Linear(c.width, c.ffn)
-        self.fc2 = nn.Linear(c.ffn, c.width)
+        self.blocks = GatedBlocks(c.width, c.ffn, c.mlp_blocks) if c.mlp_blocks else None
+        if self.blocks is None:
+            self.fc1 = nn.Linear(c.width, c.ffn)
+            self.fc2 = nn.Linear(c.ffn, c.width)
 
     def mlp(self, x: Tensor) -> Tensor:
         """``x`` with the MLP's output added."""
-        y: Tensor = self.fc2(F.gelu(self.fc1(self.mlp_norm(x)), approximate="tanh"))
+        z = self.mlp_norm(x)
+        if self.blocks is not None:
+            mixed: Tensor = self.blocks(z)
+            return x + mixed
+        y: Tensor = self.fc2(F.gelu(self.fc1(z), approximate="tanh"))
         return x + y
 
 
@@ -251,7 +229,7 @@ class HyenaTrain(_Stack):
     """The training form: ``forward(tokens [B,T]) -> logits [B,T,V]`` for T <= max_tokens."""
 
     def _filters(self) -> nn.Module:
-        return _ImplicitFilter(self.config)
+        return ImplicitFilter(self.config.filter_sizes)
 
     def forward(self, tokens: Tensor) -> Tensor:
         c = self.config
@@ -314,7 +292,8 @@ def _first_value(c: HyenaConfig, name: str, p: Tensor, rng: torch.Generator) -> 
         return torch.full(p.shape, 0.0 if name.endswith("bias") else 1.0)
     if name == "embed.weight":
         return noise * 0.5
-    depth = (2 * c.layers) ** -0.5 if name.endswith(("out_proj.weight", "fc2.weight")) else 1.0
+    writes = name.endswith(("out_proj.weight", "fc2.weight")) or ".wo." in name
+    depth = (2 * c.layers) ** -0.5 if writes else 1.0
     std: float = p.shape[1] ** -0.5 * (0.25 if name == "head.weight" else depth)
     return noise * std
 
@@ -323,7 +302,7 @@ def _from_training(config: HyenaConfig, tensors: Mapping[str, Tensor]) -> dict[s
     """The same tensors, with every filter FFN replaced by the filters it makes (in float64)."""
     result = {k: v.detach() for k, v in tensors.items() if ".filters." not in k}
     with torch.device("cpu"):
-        ffn = _ImplicitFilter(config).double()
+        ffn = ImplicitFilter(config.filter_sizes).double()
     for i in range(config.layers):
         prefix = f"layers.{i}.filters."
         ffn.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -342,22 +321,30 @@ def _layout(raw: RawCheckpoint) -> str | None:
     return None
 
 
+def load_own(raw: RawCheckpoint, family: str, kind: type[HyenaConfig]) -> LoadedModel | None:
+    """The model in a file of our own training of ``family``, with the filters that it makes, or None."""
+    config = own_config(raw, family, kind)
+    if config is None:
+        return None
+    with torch.device("meta"):
+        wanted = HyenaTrain(config).state_dict()
+    require_keys(raw, tuple(wanted), family)
+    _check_shapes(raw.tensors, wanted)
+    tensors = _from_training(config, {k: raw.tensors[k] for k in wanted})
+    return LoadedModel(family, config, tensors, source=str(raw.path))
+
+
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = own_config(raw, "hyena", HyenaConfig)
-    if config is not None:
-        with torch.device("meta"):
-            wanted = HyenaTrain(config).state_dict()
-        require_keys(raw, tuple(wanted), "hyena")
-        _check_shapes(raw.tensors, wanted)
-        tensors = _from_training(config, {k: raw.tensors[k] for k in wanted})
-    elif f"{_DNA}ln_f.weight" in raw.tensors:
-        config, tensors = _read_dna(raw)
-    else:
+    own = load_own(raw, "hyena", HyenaConfig)
+    if own is not None:
+        return own
+    if f"{_DNA}ln_f.weight" not in raw.tensors:
         raise CheckpointError(
             "this is not a Hyena checkpoint that can be read",
             got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
             allowed="a Hugging Face folder of HyenaDNA, or a safetensors file from xexport's own training",
         )
+    config, tensors = _read_dna(raw)
     return LoadedModel("hyena", config, tensors, source=str(raw.path))
 
 
@@ -429,21 +416,9 @@ def _dna_block(config: HyenaConfig, t: Mapping[str, Tensor]) -> dict[str, Tensor
         result["hyena.conv_weight"] = t["mixer.short_filter.weight"][:, 0].T
         result["hyena.conv_bias"] = t["mixer.short_filter.bias"]
         result["hyena.filter_skip"] = t["mixer.filter_fn.bias"].view(config.order - 1, config.width)
-        made = "mixer.filter_fn.implicit_filter."
-        shared = next(v for k, v in t.items() if k.startswith(made) and k.endswith("freq"))
-        state = {"frequency": shared[0], "last.weight": t[f"{made}{2 * config.filter_inner + 2}.weight"]}
-        for j in range(config.filter_inner + 1):
-            state |= {f"ffn.{j}.{k}": t[f"{made}{2 * j}.{k}"] for k in ("weight", "bias")}
-        features = t["mixer.filter_fn.pos_emb.z"][0].double()
-        deltas = t["mixer.filter_fn.modulation.deltas"].double().flatten()
-    except (KeyError, StopIteration) as error:
+    except KeyError as error:
         raise CheckpointError("a HyenaDNA block lacks a tensor", got=error, fix="is it truncated?") from error
-    with torch.device("cpu"):
-        ffn = _ImplicitFilter(config).double()
-    ffn.load_state_dict(state)
-    time = torch.linspace(0, 1, config.max_tokens, dtype=torch.float64)[:, None]
-    with torch.no_grad():
-        filters = ffn.windowed(features, torch.exp(-time * deltas.abs()) + config.filter_shift)
+    filters = published_filters(t, config.filter_sizes, "mixer.filter_fn.")
     return result | {f"filters.{j}": h.float().contiguous() for j, h in enumerate(filters)}
 
 
