@@ -313,7 +313,9 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
                 allowed="the published layout (sequential.2.attention ...), or xexport's own training",
             )
         config, tensors = _published(raw)
-        notes.append(f"{config.heads} heads, a quarter of each rotated: the file does not say, its width does")
+        notes.append(
+            f"{config.heads} heads, a quarter of each rotated: the file does not say, its width does"
+        )
     with torch.device("meta"):
         wanted = TokenFormer(config)
     found = match_tensors(_from_training(config, tensors), wanted, raw.path.name)
