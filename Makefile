@@ -20,8 +20,11 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
+# One process a core, each with one thread: tests are many and small. WORKERS=0 runs them in one.
+WORKERS ?= auto
+PYTEST_ARGS ?= -n $(WORKERS) --maxprocesses 8 --dist worksteal
 unit: $(VENV)/.test
-	$(BIN)/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

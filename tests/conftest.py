@@ -262,7 +262,11 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """``exporter("rwkv", "cpu-int8") -> folder``: tiny exports, each made once (tests/exported.py)."""
     from exported import Exporter
 
-    return Exporter(tmp_path_factory.mktemp("exported"))
+    # pytest-xdist gives every worker a folder of its own in that of the run: the exports are for all
+    own = tmp_path_factory.getbasetemp()
+    root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exported"
+    root.mkdir(exist_ok=True)
+    return Exporter(root)
 
 
 @pytest.hookimpl(wrapper=True)

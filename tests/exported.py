@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 __all__ = ["BOUNDED", "FAMILIES", "IDS", "TARGETS", "TIMED", "Exporter", "sizes"]
 
@@ -37,19 +38,21 @@ class Exporter:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._made: dict[tuple[str, str], Path] = {}
         self._traces: dict[Any, Any] = {}
         self.ids = root / "ids.txt"
-        self.ids.write_text(IDS, encoding="utf-8")
+        with FileLock(root / "ids.lock"):
+            if not self.ids.exists():
+                self.ids.write_text(IDS, encoding="utf-8")
 
     def __call__(self, family: str, target: str) -> Path:
-        key = family, target
-        if key not in self._made:
-            # timing costs more than all the rest: once with a limit on the stream, once without
-            timed = target == "cpu-int8" and family in TIMED
-            out = self._root / f"{family}-{target}"
-            self._made[key] = self.export(family, target, out, preset="tiny", sizes=sizes(timed))
-        return self._made[key]
+        out = self._root / f"{family}-{target}"
+        # another worker of this run may be at it; a bundle appears whole or not at all
+        with FileLock(self._root / f"{family}-{target}.lock"):
+            if not out.exists():
+                # timing costs more than all the rest: once with a limit on the stream, once without
+                timed = target == "cpu-int8" and family in TIMED
+                self.export(family, target, out, preset="tiny", sizes=sizes(timed))
+        return out
 
     def export(self, model: Any, target: str, out: Path, **options: Any) -> Path:
         """Any export, with the kept traces and small measurements."""
