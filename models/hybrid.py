@@ -31,8 +31,9 @@ from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import RMSNorm
+from xexport.models._rotary import rope_angles, rotate, turns_of
 from xexport.models._ssd import SSD_ROLES, SsdMixer, SsdSizes, parse_limit, split_in_proj, ssd_init
-from xexport.models.transformer import fused_attention, rope_angles, rotate, turns_of
+from xexport.models.transformer import fused_attention
 from xexport.ops.cached_attention.reference import cached_attention
 
 __all__ = ["FAMILY", "Hybrid", "HybridConfig", "HybridTraining"]

@@ -42,12 +42,12 @@ from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._rotary import rope_angles, rotate, turns_of
 from xexport.ops.linear_attention.parallel import gated_parallel
 from xexport.ops.linear_attention.reference import linear_attention
 
 __all__ = ["FAMILY", "Performer", "PerformerConfig", "PerformerTrain"]
 
-_TURN = 1 << 32
 _KERNELS = ("softmax", "relu")
 #: of a key's exponents: e^60 times 10^9 tokens is a tenth of a percent of float32's range
 _LARGEST = 60.0
@@ -119,7 +119,7 @@ class _Attention(nn.Module):
             torch.unflatten(p(x), -1, (self.c.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
-        return self.features(_rotate(q, rope), True), self.features(_rotate(k, rope), False), v
+        return self.features(rotate(q, rope), True), self.features(rotate(k, rope), False), v
 
     def features(self, x: Tensor, query: bool) -> Tensor:
         """phi of ``x [B,T,H,K]``, but for a factor: of each query, and one for all keys."""
@@ -199,9 +199,7 @@ class Performer(nn.Module):
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin ``[T,1,K/2]`` of the rotation at int64 positions ``[T]``: exact, as RetNet's."""
-        phase = (positions[:, None, None] * self.turns) % _TURN
-        angle = phase.to(self.norm.weight.dtype) * (2 * math.pi / _TURN)
-        return angle.cos(), angle.sin()
+        return rope_angles(self.turns, positions, self.norm.weight.dtype)
 
 
 class PerformerTrain(Performer):
@@ -220,17 +218,10 @@ class PerformerTrain(Performer):
         return logits
 
 
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + K/2) of the last axis."""
-    cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
 def _turns(c: PerformerConfig) -> list[int]:
     """The rotation's frequencies base^(-2i/K) in units of 2^-32 turns a token."""
     rates = [c.rope_base ** (-2 * i / c.size) for i in range(c.size // 2)]
-    return [round(r / (2 * math.pi) * _TURN) for r in rates]
+    return turns_of(rates)
 
 
 def _directions(count: int, size: int, rng: torch.Generator) -> Tensor:

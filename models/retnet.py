@@ -22,10 +22,8 @@ one token by one positive number; the group norm that follows cancels any such f
 keeps K^-1/2 alone and the model is the same function. (But for the norm's epsilon of 1e-6, which acts on
 head outputs of 1e-3 and less, as weights that were never trained give.)
 
-Precision: ``position * theta`` in float32 is wrong by 0.006 rad at token 100 000. Here theta is a
-fraction of a turn in units of 2^-32, the product is taken modulo 2^32 in int64 and is exact, so the
-angle is as precise at token 10^9 as at token 1. Rounding theta to 2^-33 turns moves the angle between
-tokens n and m by (n-m) * 7e-10 rad, and the decay ends at n-m of some thousands.
+Precision: angles are exact at any distance (models/_rotary.py). Rounding theta to 2^-33 turns moves the angle
+between tokens n and m by (n-m) * 7e-10 rad, and the decay ends at n-m of some thousands.
 
 State: ``layers.<i>.retention`` [B,H,K,V] float32, ``position`` [1] int64 (shared by the batch).
 """
@@ -44,11 +42,10 @@ from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._rotary import rope_angles, rotate_pairs, turns_of
 from xexport.ops.linear_recurrence.reference import linear_recurrence
 
 __all__ = ["FAMILY", "RetNet", "RetNetConfig", "RetNetTrain"]
-
-_TURN = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ class _Retention(nn.Module):
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """q and k of ``x [B,T,d]``, each ``[B,T,H,K]`` and rotated; cos and sin are ``[T,1,K/2]``."""
         q, k = (torch.unflatten(p(x), -1, (self.c.heads, -1)) for p in (self.q_proj, self.k_proj))
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+        return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
 
     def finish(self, x: Tensor, o: Tensor) -> Tensor:
         """Group norm, swish gate and output projection of the heads' outputs ``o [B,T,H,V]``."""
@@ -224,9 +221,7 @@ class RetNet(nn.Module):
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin ``[T,1,K/2]`` of ``position * theta`` for int64 positions ``[T]`` below 2^33."""
-        phase = (positions[:, None, None] * self.turns) % _TURN
-        angle = phase.to(self.decay.dtype) * (2 * math.pi / _TURN)
-        return angle.cos(), angle.sin()
+        return rope_angles(self.turns, positions, self.decay.dtype)
 
 
 class RetNetTrain(RetNet):
@@ -277,12 +272,6 @@ class RetNetTrain(RetNet):
         return torch.cat(outs, 2)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i+1) of the last axis."""
-    even, odd = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
-
-
 def _tables(config: RetNetConfig) -> dict[str, Tensor]:
     """The constant buffers, always on the CPU: ``decay`` float32 [H], ``turns`` int64 [K/2].
 
@@ -291,10 +280,9 @@ def _tables(config: RetNetConfig) -> dict[str, Tensor]:
     pairs = config.key_size // 2
     theta = [10000.0 ** -(i / max(pairs - 1, 1)) for i in range(pairs)]
     gamma = [math.log1p(-(2.0 ** (-5 - h))) for h in range(config.heads)]
-    turns = [round(t / (2 * math.pi) * _TURN) for t in theta]
     return {
         "decay": torch.tensor(gamma, dtype=torch.float32, device="cpu"),
-        "turns": torch.tensor(turns, dtype=torch.int64, device="cpu"),
+        "turns": torch.tensor(turns_of(theta), dtype=torch.int64, device="cpu"),
     }
 
 

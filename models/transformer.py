@@ -30,7 +30,7 @@ by t for the window, by min(t, S+W-1) for the sinks. A chunk may be longer than 
 its own. [8] attends in blocks; here a short span is a sliding window, so that the result does not depend on
 where blocks begin. Which layers see everything is a list.
 
-Positions are exact at any distance: see models/retnet.py.
+Positions are exact at any distance: see models/_rotary.py.
 
 State, for a layer that sees everything: ``layers.<i>.keys``, ``.values`` [B,G,L,K] float32, and there is no
 token L+1 (LimitError). With a window: the same of S+W-1 rows, sinks first, then a ring in which token s has
@@ -41,7 +41,7 @@ row S + (s-S) mod (W-1). Simplified and seeing everything: ``layers.<i>.sum`` [B
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,7 @@ from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import RMSNorm
+from xexport.models._rotary import rope_angles, rotate, turns_of
 from xexport.ops.cached_attention.reference import cached_attention
 
 __all__ = [
@@ -61,12 +62,8 @@ __all__ = [
     "TransformerConfig",
     "TransformerTrain",
     "fused_attention",
-    "rope_angles",
-    "rotate",
-    "turns_of",
 ]
 
-_TURN = 1 << 32
 _BLOCKS = ("llama", "simplified")
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -451,19 +448,6 @@ def _token_in_row(row: Tensor, end: Tensor, sinks: int, ring: int) -> Tensor:
     return torch.where(filled, token, -1)
 
 
-def rope_angles(turns: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin ``[T,1,K/2]`` at int64 positions ``[T]`` below 2^31, of ``turns`` [K/2] in 2^-32 turns."""
-    angle = ((positions[:, None, None] * turns) % _TURN).to(dtype) * (2 * math.pi / _TURN)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + K/2) of the last axis."""
-    cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
 def _turns(c: TransformerConfig) -> list[int]:
     """The rotation's frequencies in units of 2^-32 turns a token."""
     rates = []
@@ -477,11 +461,6 @@ def _turns(c: TransformerConfig) -> list[int]:
             share = 1 - min(1.0, max(0.0, share))
         rates.append(rate * (1 - share) + rate / c.rope_factor * share)
     return turns_of(rates)
-
-
-def turns_of(rates: Sequence[float]) -> list[int]:
-    """Angles a token, in radians, as whole units of 2^-32 turns."""
-    return [round(r / (2 * math.pi) * _TURN) for r in rates]
 
 
 def _init(module: nn.Module, seed: int) -> None:
