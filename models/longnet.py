@@ -16,18 +16,18 @@ Glossary:
 One block (pre-norm, X the residual stream):
     Y = DA(LN(X)) + X        X' = FFN(LN(Y)) + Y        FFN(Z) = N(gelu(Z W1 + b1)) W2 + b2
     DA(X) = N(concat_h(o_h)) W_O + b_O,  o_h dilated attention (ops/dilated_attention) of q, k, v = X W + b
-where N is a layer norm with ``subln`` and nothing without. Of the pair (w, r) head h takes every r-th token of
-a segment of w, from token ``h mod r`` on [1], or from ``h // ceil(H/r)`` on, as [2] has it (``spread``).
+where N is a layer norm with ``subln`` and nothing without. Of the pair (w, r) head h takes every r-th token
+of a segment of w, from token ``h mod r`` on [1], or from ``h // ceil(H/r)`` on, as [2] has it (``spread``).
 
 Where this differs from [2]: a decoding step of [2] pads and masks by the length so far and is not what its
 training computes; here every cut gives what the whole gives. A softmax's denominator of exactly 1 counts as
-nothing in [2]. The gradient goes through the shares of the pairs, which [2] holds fixed.
+nothing in [2], and it misplaces the outputs of a pair whose rate does not divide its segment. The gradient goes through the shares of the pairs, which [2] holds fixed.
 
 xPos scales pair i of q by s_i^(n/base) and of k by s_i^(-n/base), n the position; only the difference of two
-positions matters, and both lie in one segment, so n is counted from the middle of the least common multiple of
-the segments: nothing grows with the stream. Angles are exact (models/_rotary.py).
+positions matters, and both lie in one segment, so n is counted from the middle of the least common multiple
+of the segments: nothing grows with the stream. Angles are exact (models/_rotary.py).
 
-State: ``layers.<i>.keys``, ``.values`` [B,H,R,K] float32: for every pair the last token at each of its places.
+State: ``layers.<i>.keys``, ``.values`` [B,H,R,K] float32: for every pair the last token at each place.
 ``position`` [1] int64, shared by the batch. Constant in the length of the stream.
 """
 
@@ -204,8 +204,9 @@ class _Block(nn.Module):
         if self.behind:
             x = self.self_attn_layer_norm(x)
             y: Tensor = self.final_layer_norm(x * self.residual + self.ffn(x))
-            return y
-        return x + self.ffn(self.final_layer_norm(x))
+        else:
+            y = x + self.ffn(self.final_layer_norm(x))
+        return y
 
 
 class LongNet(nn.Module):
@@ -268,7 +269,9 @@ class LongNet(nn.Module):
             x = x * self.config.width**0.5
         if self.embed_positions is not None:
             x = x + self.embed_positions(here)
-        return x if self.layernorm_embedding is None else self.layernorm_embedding(x)
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        return x
 
     def places(self, here: Tensor) -> tuple[Tensor, ...]:
         """cos and sin for queries, then for keys, ``[T,1,K/2]``, at int64 positions ``[T]`` below 2^31."""
@@ -287,7 +290,7 @@ class LongNet(nn.Module):
 
 
 class LongNetTrain(LongNet):
-    """The training form: ``forward(tokens [B,T]) -> logits [B,T,V]``, differentiable, segments as dense blocks.
+    """The training form: ``forward(tokens [B,T]) -> logits [B,T,V]``, differentiable, segment by segment.
 
     Same parameters as the chunk form. Needs ``T <= positions`` where positions are trained.
     """
@@ -484,13 +487,8 @@ FAMILY = Family(
         "tiny-deepnorm": LongNetConfig(
             **_TINY
             | {"segments": (5, 9), "rates": (1, 3), "spread": "blocks", "xpos": False, "positions": 64}
-            | {
-                "subln": False,
-                "deepnorm": True,
-                "scale_embedding": True,
-                "embedding_norm": True,
-                "tied": True,
-            }
+            | {"subln": False, "deepnorm": True, "embedding_norm": True}
+            | {"scale_embedding": True, "tied": True}
         ),
         "zoo": LongNetConfig(),
         "125m": _paper(12, 768, 12),
@@ -514,5 +512,5 @@ FAMILY = Family(
         ("*.fc?.weight", "projection"),
         ("*", "other"),
     ),
-    state_note="keys and values of the going segments, thinned by their rates: constant in the stream's length",
+    state_note="keys and values of the going segments, thinned by their rates: constant in the stream",
 )

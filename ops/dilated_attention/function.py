@@ -1,9 +1,9 @@
 """ONNX body of dilated attention: one softmax over the rows of the cache and the chunk's own tokens.
 
-Mixing the pairs' outputs by their softmaxes' denominators is one softmax over all keys in which a key counts
-as often as there are pairs that show it; a count's logarithm is added to the score. Every row of the cache and
-every pair of the chunk's tokens is computed and masked, so this costs T (R + T) products: it is for runtimes
-without the kernel, and right for every stream.
+Mixing the pairs' outputs by their softmaxes' denominators is one softmax over all keys in which a key
+counts as often as there are pairs that show it; a count's logarithm is added to the score. Every row of the
+cache and every pair of the chunk's tokens is computed and masked, so this costs T (R + T) products: it is
+for runtimes without the kernel, and right for every stream.
 """
 
 from __future__ import annotations

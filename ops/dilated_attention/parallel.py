@@ -40,8 +40,10 @@ def _pair(q: Tensor, k: Tensor, v: Tensor, segment: int, rate: int, offset: Tens
 
     def sparse(x: Tensor) -> Tensor:
         """[B,T,H,*] -> [H,B,segments,places,*]: every head's own places."""
-        x = F.pad(x, (0, 0, 0, 0, 0, count * segment - length)).unflatten(1, (count, segment))
-        x = F.pad(x, (0, 0, 0, 0, 0, padded - segment)).unflatten(2, (-1, rate))
+        x = F.pad(x, (0, 0, 0, 0, 0, count * segment - length))
+        x = torch.unflatten(x, 1, (count, segment))
+        x = F.pad(x, (0, 0, 0, 0, 0, padded - segment))
+        x = torch.unflatten(x, 2, (-1, rate))
         return x[:, :, :, offset, head].permute(3, 0, 1, 2, 4)
 
     qs, ks, vs = (sparse(x) for x in (q, k, v))

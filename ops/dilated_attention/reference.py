@@ -1,12 +1,12 @@
 """Causal dilated attention of a chunk, with the going segments' keys and values in a cache: the definition.
 
-Ding et al., LongNet, arXiv 2307.02486, equations 2 to 12. Pair p of a segment length w_p and a rate r_p cuts
-the stream into segments of w_p tokens, in which head h has the places o_ph, o_ph + r_p, o_ph + 2 r_p .. alone.
-A token at such a place sees itself and the places before it in its segment; the outputs of all pairs that a
-token takes part in are mixed in proportion to the denominators of their softmaxes.
+Ding et al., LongNet, arXiv 2307.02486, equations 2 to 12. Pair p of a segment length w_p and a rate r_p
+cuts the stream into segments of w_p tokens, in which head h has the places o_ph, o_ph + r_p, o_ph + 2 r_p
+.. alone. A token at such a place sees itself and the places before it in its segment; the outputs of all
+pairs that a token takes part in are mixed in proportion to the denominators of their softmaxes.
 
-The cache has ceil(w_p / r_p) rows for every pair, one pair behind the other, and in each the last token at that
-place: what is left of the segment before is overwritten by and by, and never read.
+The cache has ceil(w_p / r_p) rows for every pair, one pair behind the other, and in each the last token at
+that place: what is left of the segment before is overwritten by and by, and never read.
 """
 
 from __future__ import annotations
