@@ -21,7 +21,8 @@ of a segment of w, from token ``h mod r`` on [1], or from ``h // ceil(H/r)`` on,
 
 Where this differs from [2]: a decoding step of [2] pads and masks by the length so far and is not what its
 training computes; here every cut gives what the whole gives. A softmax's denominator of exactly 1 counts as
-nothing in [2], and it misplaces the outputs of a pair whose rate does not divide its segment. The gradient goes through the shares of the pairs, which [2] holds fixed.
+nothing in [2], and it misplaces the outputs of a pair whose rate does not divide its segment. The gradient
+goes through the shares of the pairs, which [2] holds fixed.
 
 xPos scales pair i of q by s_i^(n/base) and of k by s_i^(-n/base), n the position; only the difference of two
 positions matters, and both lie in one segment, so n is counted from the middle of the least common multiple

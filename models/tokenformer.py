@@ -38,7 +38,8 @@ from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import layer_states
-from xexport.models.transformer import fused_attention, rope_angles, rotate, turns_of
+from xexport.models._rotary import rope_angles, rotate, turns_of
+from xexport.models.transformer import fused_attention
 from xexport.ops.cached_attention.reference import cached_attention
 
 __all__ = ["FAMILY", "TokenFormer", "TokenFormerConfig", "TokenFormerTrain"]
