@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn, ones
+from torch import Tensor, int64, nn, ones
 
 from xexport.core.state import StateSpec, state_shape
 
@@ -27,12 +27,13 @@ class RMSNorm(nn.Module):
 
 
 def first_state(module: Any, batch: int) -> list[Tensor]:
-    """The state of ``module`` before the first token, beside and of the dtype of its first parameter.
-
-    Only for states of floats: integers (positions) are not made.
-    """
+    """The state of ``module`` before the first token, beside its first parameter and, but for integers, of
+    its dtype."""
     weight: Tensor = next(module.parameters())
-    return [weight.new_full(state_shape(s, batch), s.init) for s in module.state_spec()]
+    return [
+        weight.new_full(state_shape(s, batch), s.init, dtype=int64 if s.dtype == "int64" else weight.dtype)
+        for s in module.state_spec()
+    ]
 
 
 class FromFirstState:

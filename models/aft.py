@@ -1,0 +1,450 @@
+"""AFT: attention-free Transformers (simple, full, local, conv): averages weighted by keys and positions.
+
+Sources:
+    1. S. Zhai et al., An Attention Free Transformer, arXiv 2105.14103: equation 2 (full), 4 (local), 5
+       (simple), 6 (conv), 7 and 8 (parameterization), section 5.1 (the block, initial values), 5.2 (sizes of
+       the language models).
+    2. PyPI aft-pytorch 0.2.2: another implementation of full and simple.
+
+Glossary:
+    B batch, T tokens, d width, L = max_tokens, s window of learned biases, r rank of the biases (d' in [1]),
+    h heads of ``conv``, C numbers of one token that are summed: exp(k) v and exp(k).
+
+One block (pre-norm): Y = X + AFT(LN(X)) W_O,  X' = Y + gelu(LN(Y) W_1) W_2. Causal in all four kinds:
+    AFT_t = sigmoid(q_t) * (sum_{s<=t} exp(k_s + w_ts) * v_s) / (sum_{s<=t} exp(k_s + w_ts))
+    simple: w = 0.                                          full: w_ts = u_t . v_s.
+    local:  w_ts = u_t . v_s for t - s < window, else 0.
+    conv:   w_ts = w^i_{t-s} for t - s < window, else 0; one row w^i a head, and one key a head:
+            w^i = gain_i (filter_i - mean(filter_i)) / std(filter_i) + shift_i.
+``u``, ``v`` are learned per layer and position, [L,r]. Local and conv see everything before the window too:
+that is the paper's point, and a window of keys is only half of their state.
+
+How it is computed. [1] writes local and conv as (exp(w) - 1) in the window plus a sum over everything, which
+cancels where w is far below 0. Here the sum is over what has left the window and the window has exp(w): only
+positive terms. Full is softmax attention of one head with queries u_t, keys v_s and values C_s: its own
+normaliser is in numerator and denominator of AFT_t.
+
+Departures: exponents k are clamped to +-40 but for ``simple``, whose state has its largest exponent; so are a
+window's w below -40, and those of conv above 20. Nothing overflows or is 0/0 then. The image form of conv
+(two axes, not causal) is not done here.
+
+State per layer. simple: ``aa``, ``bb``, ``pp`` [B,d] (ops/wkv4 with decay and bonus 0: there is a maximum, so
+no key overflows). full: ``keys`` [B,1,L,r], ``values`` [B,1,L,2d], bounded. local: ``window`` [B,s-1,2d],
+``sums`` [B,2d]. conv: ``window`` [B,s-1,d+h], ``sums`` [B,d+h]. ``position`` [1] int64, where u, v or learned
+position embeddings need it; without (simple or conv, ``positions=False``) the stream has no end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
+from xexport.core.errors import CheckpointError, InputError
+from xexport.core.family import Family, LoadedModel
+from xexport.core.state import StateSpec
+from xexport.models._chunk import FromFirstState, layer_states
+from xexport.ops.band_product.reference import band_product
+from xexport.ops.cached_attention.reference import cached_attention
+from xexport.ops.causal_conv1d.reference import causal_conv1d
+from xexport.ops.wkv4.reference import wkv4
+
+__all__ = ["FAMILY", "Aft", "AftConfig", "AftTraining"]
+
+#: exp(40 + 20) times 10^11 values is within float32
+_KEY, _BIAS = 40.0, 20.0
+
+
+@dataclass(frozen=True)
+class AftConfig:
+    """Sizes and kind of an AFT.
+
+    Attributes:
+        kind: ``simple``, ``full``, ``local`` or ``conv``.
+        vocab_size, width, layers: V, d, number of blocks.
+        ffn: inner width of the feed-forward network.
+        max_tokens: L, the longest stream of a model with positions.
+        window: s, of local and conv.
+        rank: r, of full and local.
+        heads: h, of conv; a divisor of the width.
+        positions: learned position embeddings; full and local are bounded by L without them too.
+        eps: epsilon of the layer norms.
+    """
+
+    kind: str = "local"
+    vocab_size: int = 256
+    width: int = 160
+    layers: int = 6
+    ffn: int = 640
+    max_tokens: int = 2048
+    window: int = 32
+    rank: int = 64
+    heads: int = 32
+    positions: bool = True
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.kind not in _MIXERS:
+            raise InputError("unknown kind of AFT", got=self.kind, allowed=", ".join(_MIXERS))
+        sizes = (self.vocab_size, self.width, self.layers, self.ffn, self.max_tokens, self.rank, self.heads)
+        if min(sizes) < 1:
+            raise InputError("an AFT size is too small", got=self)
+        if self.window < 2:
+            raise InputError("the window of an AFT is too small", got=self.window, allowed="2 or more")
+        if self.kind == "conv" and self.width % self.heads:
+            raise InputError(
+                "the width of an AFT-conv must be a multiple of its heads", got=(self.width, self.heads)
+            )
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a last token."""
+        return self.positions or self.kind in ("full", "local")
+
+
+class _Mixer(nn.Module):
+    """Projections and the gate; a kind adds its sums."""
+
+    def __init__(self, c: AftConfig) -> None:
+        super().__init__()
+        self.c = c
+        self.q_proj = nn.Linear(c.width, c.width, bias=False)
+        self.k_proj = nn.Linear(c.width, c.heads if c.kind == "conv" else c.width, bias=False)
+        self.v_proj = nn.Linear(c.width, c.width, bias=False)
+        self.o_proj = nn.Linear(c.width, c.width)
+
+    @staticmethod
+    def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
+        """Names and shapes of one layer's state."""
+        raise NotImplementedError
+
+    def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """x [B,T,d] -> the weighted average [B,T,d] before the gate, and the new state."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """x [B,T,d] -> (y [B,T,d], the new state)."""
+        y, *new = self.average(x, here, *state)
+        gated: Tensor = self.o_proj(torch.sigmoid(self.q_proj(x)) * y)
+        return (gated, *new)
+
+    def terms(self, x: Tensor) -> Tensor:
+        """exp(k) v and exp(k) side by side: [B,T,C]."""
+        weight = self.k_proj(x).clamp(-_KEY, _KEY).exp()
+        return torch.cat((self.spread(weight) * self.v_proj(x), weight), -1)
+
+    def quotient(self, sums: Tensor) -> Tensor:
+        """[B,T,C] -> [B,T,d]."""
+        return sums[..., : self.c.width] / self.spread(sums[..., self.c.width :])
+
+    def spread(self, key: Tensor) -> Tensor:
+        """One number a key -> one a channel."""
+        return key
+
+
+class _Simple(_Mixer):
+    @staticmethod
+    def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
+        return dict.fromkeys(("aa", "bb", "pp"), ("B", c.width))
+
+    def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        zero = x.new_zeros(self.c.width)
+        return wkv4(zero, zero, self.k_proj(x), self.v_proj(x), *state)
+
+
+class _Full(_Mixer):
+    def __init__(self, c: AftConfig) -> None:
+        super().__init__(c)
+        self.u, self.v = (nn.Parameter(torch.zeros(c.max_tokens, c.rank)) for _ in range(2))
+
+    @staticmethod
+    def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
+        return {"keys": ("B", 1, c.max_tokens, c.rank), "values": ("B", 1, c.max_tokens, 2 * c.width)}
+
+    def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        q, k = (y[here].expand(x.shape[0], -1, -1) for y in (self.u, self.v))
+        sums, *new = self.attend(q, k, self.terms(x), here, *state)
+        return (self.quotient(sums), *new)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """One head of softmax attention without a scale: what is in the cache, then the chunk."""
+        keys, values = state
+        return tuple(cached_attention(q, k, v, keys, values, here[:1], 1, 1, 1.0))
+
+
+class _FullTraining(_Full):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """The same of a whole sequence, differentiable."""
+        q, k, v = q[:, None], k[:, None], v[:, None]
+        return (F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)[:, 0], *state)
+
+
+def _left_behind(terms: Tensor, window: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each token sees beyond its window.
+
+    Args:
+        terms: [B,T,C], the chunk; window: [B,s-1,C], what was before it; sums: [B,C], what had left that.
+
+    Returns:
+        window and chunk [B,s-1+T,C], the sums of what each token has left behind [B,T,C], and the new state.
+    """
+    rows, length = torch.cat((window, terms), 1), terms.shape[1]
+    behind = torch.cat((sums[:, None], rows[:, :length]), 1).cumsum(1)
+    return rows, behind[:, :length], rows[:, length:], behind[:, length]
+
+
+class _Local(_Mixer):
+    """The chunk form holds the band of biases that u and v make: row t has w_{t,t-s+1} .. w_{t,t}."""
+
+    def __init__(self, c: AftConfig) -> None:
+        super().__init__(c)
+        self.bias = nn.Parameter(torch.zeros(c.max_tokens, c.window))
+
+    @staticmethod
+    def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
+        return {"window": ("B", c.window - 1, 2 * c.width), "sums": ("B", 2 * c.width)}
+
+    def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        rows, behind, *new = _left_behind(self.terms(x), *state)
+        bias = self.band()[here].clamp(min=-_KEY)
+        most = bias.amax(-1, keepdim=True).clamp(min=0)
+        near = band_product((bias - most).exp(), rows)
+        return (self.quotient(near + (-most).exp() * behind), *new)
+
+    def band(self) -> Tensor:
+        """The biases of every token's window, [L,s]."""
+        return self.bias
+
+
+class _LocalTraining(_Local):
+    def __init__(self, c: AftConfig) -> None:
+        super().__init__(c)
+        del self.bias
+        self.u, self.v = (nn.Parameter(torch.zeros(c.max_tokens, c.rank)) for _ in range(2))
+
+    def band(self) -> Tensor:
+        return _band(self.u, self.v, self.c.window)
+
+
+def _band(u: Tensor, v: Tensor, window: int) -> Tensor:
+    """u_t . v_s for s = t-window+1 .. t, 0 in front of the first token: [L,window] of [L,r]."""
+    return torch.einsum("tr,trj->tj", u, F.pad(v, (0, 0, window - 1, 0)).unfold(0, window, 1))
+
+
+class _Conv(_Mixer):
+    def __init__(self, c: AftConfig) -> None:
+        super().__init__(c)
+        self.filter = nn.Parameter(torch.zeros(c.heads, c.window))
+        self.gain, self.shift = (nn.Parameter(torch.zeros(c.heads)) for _ in range(2))
+
+    @staticmethod
+    def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
+        terms = c.width + c.heads
+        return {"window": ("B", c.window - 1, terms), "sums": ("B", terms)}
+
+    def spread(self, key: Tensor) -> Tensor:
+        return key.repeat_interleave(self.c.width // self.c.heads, -1)
+
+    def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        terms = self.terms(x)
+        taps = self.taps()
+        near, _ = causal_conv1d(terms, taps, torch.zeros_like(taps[0]), state[0])
+        _, behind, *new = _left_behind(terms, *state)
+        return (self.quotient(near + behind), *new)
+
+    def taps(self) -> Tensor:
+        """exp(w) for every summed number, [s,C], the present token's last."""
+        centred = self.filter - self.filter.mean(-1, keepdim=True)
+        w = self.gain[:, None] * centred / self.filter.std(-1, keepdim=True) + self.shift[:, None]
+        weight = w.clamp(-_KEY, _BIAS).exp().t()
+        return torch.cat((self.spread(weight), weight), -1)
+
+
+_MIXERS: dict[str, type[_Mixer]] = {"simple": _Simple, "full": _Full, "local": _Local, "conv": _Conv}
+_TRAINED: dict[str, type[_Mixer]] = {**_MIXERS, "full": _FullTraining, "local": _LocalTraining}
+
+
+class _Block(nn.Module):
+    def __init__(self, c: AftConfig, mixer: _Mixer) -> None:
+        super().__init__()
+        self.mixer_norm = nn.LayerNorm(c.width, c.eps)
+        self.mixer = mixer
+        self.ffn_norm = nn.LayerNorm(c.width, c.eps)
+        self.fc1 = nn.Linear(c.width, c.ffn)
+        self.fc2 = nn.Linear(c.ffn, c.width)
+
+    def ffn(self, x: Tensor) -> Tensor:
+        """``x`` with the feed-forward network's output added."""
+        y: Tensor = self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
+        return x + y
+
+
+class Aft(nn.Module):
+    """The chunk form: ``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)``.
+
+    Where the stream is bounded, position + T must not exceed ``max_tokens``: a runtime checks it beforehand.
+    """
+
+    mixers: Mapping[str, type[_Mixer]] = _MIXERS
+
+    def __init__(self, config: AftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.max_tokens = config.max_tokens if config.bounded else None
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.place = nn.Embedding(config.max_tokens, config.width) if config.positions else None
+        self.layers = nn.ModuleList(
+            _Block(config, self.mixers[config.kind](config)) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width, config.eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def state_spec(self) -> Sequence[StateSpec]:
+        """The state of every layer, then the position where there is one."""
+        c = self.config
+        specs = layer_states(c.layers, _MIXERS[c.kind].states(c))
+        if c.kind == "simple":
+            specs = [StateSpec(s.name, s.shape, init=-1e30 if s.name.endswith("pp") else 0.0) for s in specs]
+        return [*specs, StateSpec("position", (1,), "int64")] if c.bounded else specs
+
+    def blocks(self) -> list[_Block]:
+        """The blocks in their order."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        bounded, length = self.config.bounded, tokens.shape[1]
+        position = state[-1] if bounded else tokens.new_zeros(1)
+        here = position + torch.arange(length, device=tokens.device)
+        x = self.embed(tokens)
+        if self.place is not None:
+            x = x + self.place(here)
+        each = len(state) // self.config.layers
+        new: list[Tensor] = []
+        for i, block in enumerate(self.blocks()):
+            y, *after = block.mixer(block.mixer_norm(x), here, *state[i * each : (i + 1) * each])
+            x = block.ffn(x + y)
+            new += after
+        return (self.head(self.norm(x)), *new, *([position + length] if bounded else []))
+
+
+class AftTraining(FromFirstState, Aft):
+    """The training form, T <= max_tokens: the same parameters, but for local's biases, which are u and v."""
+
+    mixers = _TRAINED
+
+
+def _from_training(config: AftConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, with the band in place of local's u and v."""
+    result = {name: value.detach() for name, value in tensors.items()}
+    if config.kind == "local":
+        for i in range(config.layers):
+            prefix = f"layers.{i}.mixer."
+            u, v = (result.pop(prefix + name).double() for name in "uv")
+            result[prefix + "bias"] = _band(u, v, config.window).float()
+    return result
+
+
+def _init(module: nn.Module, seed: int) -> None:
+    """Fill an AFT (either form) with weights to train from.
+
+    Projections that read the residual stream have the variance 1/fan_in, those that write to it are smaller
+    by sqrt(2 * layers); the head starts small. Of the positions, as [1] has it: u and v are N(0, 10^-2), gain
+    and shift of conv 0.
+    """
+    assert isinstance(module, Aft)
+    if not isinstance(module, AftTraining):
+        train = AftTraining(module.config)
+        _init(train, seed)
+        module.load_state_dict(_from_training(module.config, train.state_dict()))
+        return
+    c, rng = module.config, torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            leaf = name.rsplit(".", 1)[-1]
+            if p.ndim < 2:
+                p.fill_(0.0 if leaf in ("bias", "gain", "shift") else 1.0)
+                continue
+            std = p.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "fc2.weight")):
+                std *= (2 * c.layers) ** -0.5
+            elif leaf in ("u", "v"):
+                std = 0.1
+            elif leaf == "filter":
+                std = 1.0
+            elif name in ("embed.weight", "place.weight"):
+                std = 0.5 if name == "embed.weight" else 0.02
+            elif name == "head.weight":
+                std *= 0.25
+            p.copy_(torch.randn(p.shape, generator=rng) * std)
+
+
+def _load(raw: RawCheckpoint) -> LoadedModel:
+    config = own_config(raw, "aft", AftConfig)
+    if config is None:
+        raise CheckpointError(
+            "this is not an AFT checkpoint that can be read",
+            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
+            allowed="a safetensors file from xexport's own training",
+            fix="none was published: the paper's authors gave no code",
+        )
+    with torch.device("meta"):
+        trained, wanted = AftTraining(config), Aft(config)
+    tensors = _from_training(config, match_tensors(raw.tensors, trained, raw.path.name))
+    return LoadedModel(
+        family="aft",
+        config=config,
+        tensors=match_tensors(tensors, wanted, raw.path.name),
+        tokenizer="bytes" if config.vocab_size == 256 else None,
+        source=str(raw.path),
+    )
+
+
+def _tiny(kind: str, positions: bool = True) -> AftConfig:
+    return AftConfig(kind, 29, 32, 2, 48, 96, window=5, rank=8, heads=4, positions=positions)
+
+
+FAMILY = Family(
+    name="aft",
+    title="AFT: attention-free, averages by keys and position biases (arXiv 2105.14103)",
+    sources=("https://arxiv.org/abs/2105.14103", "PyPI aft-pytorch 0.2.2"),
+    config=AftConfig,
+    presets={
+        "tiny": _tiny("local"),
+        "tiny-simple": _tiny("simple", positions=False),
+        "tiny-full": _tiny("full"),
+        "tiny-conv": _tiny("conv", positions=False),
+        "zoo": AftConfig(),
+        # enwik8, table 4 of [1]
+        "local-32": AftConfig("local", 256, 256, 24, 1024, 1024, window=32, rank=256),
+        "local-32-wide": AftConfig("local", 256, 512, 12, 2048, 1024, window=32, rank=256),
+        "simple": AftConfig("simple", 256, 256, 24, 1024, 1024),
+        "full": AftConfig("full", 256, 256, 24, 1024, 1024, rank=256),
+        # the heads and window of table 7, in the language model's sizes
+        "conv-32-11": AftConfig("conv", 256, 256, 24, 1024, 1024, window=11, heads=32, positions=False),
+    },
+    build=Aft,
+    load=_load,
+    train_form=AftTraining,
+    from_training=_from_training,
+    init=_init,
+    roles=(
+        ("embed.*", "embedding"),
+        ("place.*", "embedding"),
+        ("head.*", "head"),
+        ("*norm.*", "norm"),
+        ("*.mixer.[uv]", "low_rank"),
+        ("*.mixer.bias", "gate"),
+        ("*.mixer.filter", "conv"),
+        ("*.mixer.gain", "gate"),
+        ("*.mixer.shift", "gate"),
+        ("*_proj.weight", "projection"),
+        ("*.fc?.weight", "projection"),
+        ("*.bias", "norm"),
+    ),
+    state_note="simple: three vectors a layer; local and conv: a window and a sum; full: every token up to L",
+)

@@ -1,0 +1,1 @@
+"""Rows weighted by a band matrix: a causal convolution whose taps change with the token."""
