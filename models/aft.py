@@ -78,7 +78,7 @@ class AftConfig:
     kind: str = "local"
     vocab_size: int = 256
     width: int = 160
-    layers: int = 6
+    layers: int = 5
     ffn: int = 640
     max_tokens: int = 2048
     window: int = 32
@@ -166,7 +166,7 @@ class _Full(_Mixer):
         return {"keys": ("B", 1, c.max_tokens, c.rank), "values": ("B", 1, c.max_tokens, 2 * c.width)}
 
     def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        q, k = (y[here].expand(x.shape[0], -1, -1) for y in (self.u, self.v))
+        q, k = (F.embedding(here, y).expand(x.shape[0], -1, -1) for y in (self.u, self.v))
         sums, *new = self.attend(q, k, self.terms(x), here, *state)
         return (self.quotient(sums), *new)
 
@@ -198,11 +198,13 @@ def _left_behind(terms: Tensor, window: Tensor, sums: Tensor) -> tuple[Tensor, T
 
 
 class _Local(_Mixer):
-    """The chunk form holds the band of biases that u and v make: row t has w_{t,t-s+1} .. w_{t,t}."""
+    """The chunk form holds the weights that u and v make, see :func:`_weights`."""
+
+    weight: Tensor
 
     def __init__(self, c: AftConfig) -> None:
         super().__init__(c)
-        self.bias = nn.Parameter(torch.zeros(c.max_tokens, c.window))
+        self.register_buffer("weight", torch.ones(c.max_tokens, c.window + 1))
 
     @staticmethod
     def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
@@ -210,29 +212,33 @@ class _Local(_Mixer):
 
     def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         rows, behind, *new = _left_behind(self.terms(x), *state)
-        bias = self.band()[here].clamp(min=-_KEY)
-        most = bias.amax(-1, keepdim=True).clamp(min=0)
-        near = band_product((bias - most).exp(), rows)
-        return (self.quotient(near + (-most).exp() * behind), *new)
+        inside, beyond = torch.split(F.embedding(here, self.weights()), [self.c.window, 1], -1)
+        return (self.quotient(band_product(inside, rows) + beyond * behind), *new)
 
-    def band(self) -> Tensor:
-        """The biases of every token's window, [L,s]."""
-        return self.bias
+    def weights(self) -> Tensor:
+        """[L,s+1]."""
+        return self.weight
 
 
 class _LocalTraining(_Local):
     def __init__(self, c: AftConfig) -> None:
         super().__init__(c)
-        del self.bias
+        del self.weight
         self.u, self.v = (nn.Parameter(torch.zeros(c.max_tokens, c.rank)) for _ in range(2))
 
-    def band(self) -> Tensor:
-        return _band(self.u, self.v, self.c.window)
+    def weights(self) -> Tensor:
+        return _weights(self.u, self.v, self.c.window)
 
 
-def _band(u: Tensor, v: Tensor, window: int) -> Tensor:
-    """u_t . v_s for s = t-window+1 .. t, 0 in front of the first token: [L,window] of [L,r]."""
-    return torch.einsum("tr,trj->tj", u, F.pad(v, (0, 0, window - 1, 0)).unfold(0, window, 1))
+def _weights(u: Tensor, v: Tensor, window: int) -> Tensor:
+    """The weights of what position t sees, [L,window+1] of u, v [L,r], the largest of each row 1.
+
+    The first are those of its window, exp(u_t . v_s) for s = t-window+1 .. t (1 in front of the first token,
+    where there are rows of zeros); the last is that of everything before. One factor a row cancels in AFT_t.
+    """
+    bias = torch.einsum("tr,trj->tj", u, F.pad(v, (0, 0, window - 1, 0)).unfold(0, window, 1))
+    bias = F.pad(bias.clamp(min=-_KEY), (0, 1))
+    return (bias - bias.amax(-1, keepdim=True)).exp()
 
 
 class _Conv(_Mixer):
@@ -339,13 +345,13 @@ class AftTraining(FromFirstState, Aft):
 
 
 def _from_training(config: AftConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, with the band in place of local's u and v."""
+    """The same tensors, with the weights that local's u and v make in their place."""
     result = {name: value.detach() for name, value in tensors.items()}
     if config.kind == "local":
         for i in range(config.layers):
             prefix = f"layers.{i}.mixer."
             u, v = (result.pop(prefix + name).double() for name in "uv")
-            result[prefix + "bias"] = _band(u, v, config.window).float()
+            result[prefix + "weight"] = _weights(u, v, config.window).float()
     return result
 
 
@@ -438,7 +444,7 @@ FAMILY = Family(
         ("head.*", "head"),
         ("*norm.*", "norm"),
         ("*.mixer.[uv]", "low_rank"),
-        ("*.mixer.bias", "gate"),
+        ("*.mixer.weight", "gate"),
         ("*.mixer.filter", "conv"),
         ("*.mixer.gain", "gate"),
         ("*.mixer.shift", "gate"),

@@ -159,24 +159,24 @@ def test_init_depends_on_the_seed_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-simple", "tiny-conv"])
 def test_large_keys_and_biases_do_not_overflow(name: str) -> None:
-    module = chunk_form(trained(VARIANTS[name]))
-    for block in module.blocks():
-        block.mixer.k_proj.weight.mul_(200)
-        for part in ("bias", "gain"):
-            if hasattr(block.mixer, part):
-                getattr(block.mixer, part).mul_(200)
+    training = trained(VARIANTS[name])
+    with torch.no_grad():
+        for name, p in training.named_parameters():
+            if name.endswith(("k_proj.weight", ".u", ".gain")):
+                p.mul_(200)
+    module = chunk_form(training)
     logits, *state = module(torch.randint(0, 29, (1, 40)), *new_state(module, 1))
     assert bool(logits.isfinite().all())
     assert all(bool(s.isfinite().all()) for s in state)
 
 
 def test_a_long_stream_of_simple_keeps_its_average() -> None:
-    """30 000 tokens with keys from e^-100 to e^100 in their exponents, against double precision."""
+    """8 000 tokens with keys from e^-100 to e^100 in their exponents, against double precision."""
     from xexport.ops.wkv4.reference import wkv4
 
     rng = torch.Generator().manual_seed(0)
-    k = torch.randn(1, 30_000, 3, generator=rng) * 2 + torch.tensor([-100.0, 0.0, 100.0])
-    v = torch.randn(1, 30_000, 3, generator=rng)
+    k = torch.randn(1, 8_000, 3, generator=rng) * 2 + torch.tensor([-100.0, 0.0, 100.0])
+    v = torch.randn(1, 8_000, 3, generator=rng)
     zero = torch.zeros(3)
     y, *_ = wkv4(zero, zero, k, v, *(torch.full((1, 3), x) for x in (0.0, 0.0, -1e30)))
     weight = (k.double() - k.double().amax(1, keepdim=True)).exp()
@@ -254,7 +254,7 @@ def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> No
     ("preset", "name", "wanted"),
     [
         ("tiny", "place.weight", "embedding"),
-        ("tiny", "layers.1.mixer.bias", "gate"),
+        ("tiny", "layers.1.mixer.weight", "gate"),
         ("tiny", "layers.1.mixer.o_proj.bias", "norm"),
         ("tiny", "layers.0.mixer.k_proj.weight", "projection"),
         ("tiny-full", "layers.0.mixer.u", "low_rank"),
