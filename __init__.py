@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "StateSpec", "Stream", "XexportError", "__version__", "export", "load"]
+__all__ = ["Bundle", "InputSpec", "StateSpec", "Stream", "XexportError", "__version__", "export", "load"]
 
 if TYPE_CHECKING:
+    from xexport.core.contract import InputSpec
     from xexport.core.errors import XexportError
     from xexport.core.state import StateSpec
     from xexport.pipeline import export
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Bundle": "xexport.runtimes.bundle",
+    "InputSpec": "xexport.core.contract",
     "StateSpec": "xexport.core.state",
     "Stream": "xexport.runtimes.stream",
     "XexportError": "xexport.core.errors",

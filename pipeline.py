@@ -79,14 +79,15 @@ def export(
 
     Args:
         model: a family (``rwkv``), the path of a checkpoint whose family is recognised, or an nn.Module
-            in the chunk form (core/family.py ChunkModule).
+            in the chunk form or the whole form (core/family.py ChunkModule).
         target: a target (``cpu-int8``).
         out: the bundle's folder; ``MODEL-TARGET`` in the current folder by default.
         weights: a checkpoint of that family; the zoo's trained one by default.
         preset: a size of that family with random weights, instead of ``weights``.
         tokenizer: ``bytes``, ``none``, ``rwkv-world``, or the path of a tokenizer.json or of a World
             vocabulary; by default what lies beside the checkpoint.
-        eval_text: held-out text to judge on; the built-in one by default.
+        eval_text: held-out text to judge on; the built-in one by default. For a model of features a .npz
+            of clips.
         force: replace an existing bundle.
         progress: told what is going on; silent by default.
         seed: for the random weights of ``preset``.
@@ -184,7 +185,8 @@ def _export_into(
     known: int | None = getattr(source.skeleton, "vocab_size", None)
     shipped = find_tokenizer(tokenizer, checkpoint=source.path, kind=source.tokenizer, vocab=known)
     # a bad text is refused before the work
-    corpus = read_corpus(shipped.load(), known, eval_text) if known else None
+    contract = source.contract
+    corpus = read_corpus(shipped.load(), known, eval_text, inputs=contract.inputs) if known else None
     require_space(output.final.parent, int(4 * source.parameters * (1 if exact else 2) * _OFFSET_BYTES))
     graph = build_graph(
         source.skeleton,
@@ -192,10 +194,12 @@ def _export_into(
         source.specs,
         opset=target.opset,
         source=source.origin,
+        contract=contract,
         progress=progress,
     )
     fp32 = output.bundle if exact else output.scratch
-    refusals = keep.rewrite(graph)
+    # what comes after a prompt is of use only to who can go on from it
+    refusals = keep.rewrite(graph) if contract.generates else []
     decisions: list[TensorDecision] = []
     if exact:
         decisions = _lower(graph, source, target, output.scratch, refusals, progress)
@@ -209,14 +213,14 @@ def _export_into(
         source.specs,
         fp32 / "model.onnx",
         vocab_size=vocab,
-        max_tokens=source.max_tokens,
+        contract=contract,
         release=lambda: release_pages(source.path) if source.path else None,
     )
     can_time = _has_room(source)
     info = _info(source, vocab)
     facts: dict[str, Any] = {
         "tokenizer": {"kind": "none"},  # of the exact graph, which nobody keeps
-        "checks": msgspec.to_builtins(checks.__dict__),
+        "checks": msgspec.to_builtins(checks.row()),
         "environment": _environment(),
         "warnings": [*_warnings(source, timed=can_time), *([shipped.why] if shipped.why else [])],
     }
@@ -230,8 +234,8 @@ def _export_into(
     # large weights stay in the checkpoint's file until PyTorch is timed, where that would be unfair
     reference = module if source.parameters > _LARGE else source.eager()
     head = source.head if any(v.name == KEEP_INPUT for v in graph.graph.inputs) else None
-    torch_stream = TorchStream(cast("ChunkModule", reference), head=head)
-    corpus = corpus or read_corpus(shipped.load(), vocab, eval_text)
+    torch_stream = TorchStream(cast("ChunkModule", reference), head=head, contract=contract)
+    corpus = corpus or read_corpus(shipped.load(), vocab, eval_text, inputs=contract.inputs)
     write_reference(output.bundle / REFERENCE_NAME, torch_stream, corpus.tokens)
     facts["refusals"] = refusals
     facts["tokenizer"] = dict(shipped.row)
@@ -297,14 +301,16 @@ def _measure(
     setup = suite.setup_for(bundle.manifest, name, corpus)
     candidates = {"onnx": fp32.stream(), "bundle": bundle.stream()}
     rows: list[Record] = suite.accuracy(torch_stream, candidates, corpus, setup, sizes, progress)
-    rows.append(suite.law(bundle.stream(), corpus, setup, sizes, progress))
+    if torch_stream.contract.streams:
+        rows.append(suite.law(bundle.stream(), corpus, setup, sizes, progress))
     if sizes.timed:
         others: dict[str, Runner] = {}
         if to_time is not None:
             large = to_time.parameters > _LARGE
             head = to_time.head if torch_stream.keeps else None
+            module = cast("ChunkModule", to_time.eager()) if large else None
             others["torch"] = (
-                TorchStream(cast("ChunkModule", to_time.eager()), head=head) if large else torch_stream
+                TorchStream(module, head=head, contract=to_time.contract) if module else torch_stream
             )
         if fp32 is not bundle:
             others["onnx"] = fp32.stream()
@@ -361,9 +367,13 @@ def _info(source: Source, vocab: int) -> ModelInfo:
         config=source.config,
         parameters=source.parameters,
         vocab_size=vocab,
-        max_tokens=source.max_tokens,
+        max_tokens=source.contract.max_tokens,
         source=source.origin,
         notes=source.notes,
+        form=source.contract.form,
+        fixed_length=source.contract.fixed_length,
+        input=source.contract.inputs,
+        predicts_next=source.contract.predicts_next,
     )
 
 
@@ -447,7 +457,8 @@ def profile(
         bundle = load(bundle_path, verify=False)
         sizes = suite.sizes_for(bundle.manifest.model.parameters)
         sizes = replace(sizes, steps=steps or sizes.steps, prefill=tuple(prefill or sizes.prefill))
-        corpus = read_corpus(bundle.tokenizer(), bundle.manifest.model.vocab_size, count=1 << 13)
+        model = bundle.manifest.model
+        corpus = read_corpus(bundle.tokenizer(), model.vocab_size, count=1 << 13, inputs=model.input)
         setup = suite.setup_for(bundle.manifest, bundle.path.name, corpus, threads)
         rows = suite.speed(bundle, {}, corpus, setup, sizes, progress, threads=threads or 0)
     finally:

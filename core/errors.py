@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ChunkLawError",
     "ExportError",
+    "FormError",
     "InputError",
     "LimitError",
     "MissingDependencyError",
@@ -93,6 +94,10 @@ class BundleError(XexportError):
 
 class RuntimeFailure(XexportError):
     """The runtime refused or failed to run a bundle."""
+
+
+class FormError(XexportError):
+    """Something that only models of the other form, or with another kind of input, can do."""
 
 
 class LimitError(XexportError):

@@ -20,11 +20,14 @@ ROLES = ("embedding", "head", "projection", "low_rank", "decay", "gate", "norm",
 
 
 class ChunkModule(Protocol):
-    """An nn.Module in the chunk form.
+    """An nn.Module in the chunk form, or in the whole form.
 
     ``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)`` for every T >= 1,
-    state tensors in the order of :meth:`state_spec`. Optional attributes: ``vocab_size`` (int),
-    ``max_tokens`` (int or None: the longest stream the state can hold) and
+    state tensors in the order of :meth:`state_spec`. In the whole form
+    ``forward(tokens) -> (logits,)`` and no state. Optional attributes: ``form`` (``chunk`` or
+    ``whole``), ``input_spec`` (:class:`xexport.core.contract.InputSpec`, if it doesn't read tokens),
+    ``fixed_length`` (whole form: the only T), ``max_tokens`` (int or None: the longest stream the
+    state can hold, or the longest sequence), ``predicts_next`` (bool), ``vocab_size`` (int) and
     ``tensor_roles()`` (glob over parameter names -> one of :data:`ROLES`).
     """
 
@@ -67,7 +70,7 @@ class Family:
         sources: papers and code the architecture was read from.
         config: frozen dataclass of plain values (JSON-able).
         presets: named configs; ``"tiny"`` exists in every family and is for tests.
-        build: config -> nn.Module in the chunk form, on the current torch device (meta included).
+        build: config -> nn.Module in its form, on the current torch device (meta included).
         load: RawCheckpoint -> LoadedModel; raises CheckpointError for a layout it does not know.
         layout: RawCheckpoint -> why this family can read a file that xexport did not train, or None. A
             Hugging Face folder has its parsed config.json in ``raw.config``.
@@ -79,6 +82,7 @@ class Family:
             default.
         roles: (glob over parameter names, role) rows, the first match wins.
         init: fills a built module with random but sane weights (for benchmarks and tests).
+        form: ``chunk``, or ``whole`` for models that are not causal; a module's own ``form`` wins.
     """
 
     name: str
@@ -96,6 +100,7 @@ class Family:
     aliases: tuple[str, ...] = field(default=())
     state_note: str = ""
     reads: str = ""
+    form: str = "chunk"
 
     def recognise(self, raw: RawCheckpoint) -> str | None:
         """Why this family can read a checkpoint (its own metadata, or :attr:`layout`), or None."""

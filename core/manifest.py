@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from xexport.core.errors import BundleError
+from xexport.core.contract import TOKENS, Contract, InputSpec
+from xexport.core.errors import BundleError, InputError
 
 __all__ = [
     "KEEP_INPUT",
@@ -111,7 +112,7 @@ class Refusal(msgspec.Struct, frozen=True, rename={"pass_": "pass"}):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What was exported."""
+    """What was exported; how it may be called is :attr:`contract`."""
 
     family: str
     title: str
@@ -121,6 +122,15 @@ class ModelInfo(msgspec.Struct, frozen=True):
     max_tokens: int | None
     source: str
     notes: tuple[str, ...] = ()
+    form: str = "chunk"
+    fixed_length: int | None = None
+    input: InputSpec = TOKENS
+    predicts_next: bool = True
+
+    @property
+    def contract(self) -> Contract:
+        """How the model may be called."""
+        return Contract(self.form, self.input, self.fixed_length, self.max_tokens, self.predicts_next)
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -178,7 +188,8 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        _ = manifest.model.contract  # checks itself
+    except (msgspec.DecodeError, UnicodeDecodeError, InputError) as error:
         raise BundleError("the manifest is not valid", got=f"{where}: {error}") from error
     for name in [manifest.graph, *(f.path for f in manifest.files)]:
         safe_path(Path(), name)

@@ -29,6 +29,7 @@ __all__ = [
     "OpTime",
     "OpTimes",
     "PairedLatency",
+    "Passes",
     "Prefill",
     "Record",
     "Setup",
@@ -81,14 +82,16 @@ class Setup(msgspec.Struct, frozen=True):
 
 
 class Fidelity(msgspec.Struct, frozen=True, tag_field="kind", tag="fidelity"):
-    """A candidate's logits against a reference's, token by token, over one streamed text.
+    """A candidate's logits against a reference's, position by position, over one text.
 
     Attributes:
         reference: name of the reference runner; the candidate is ``setup.runner``.
-        chunk: tokens per call; the state was carried from call to call.
+        chunk: tokens (or frames) per call; in the chunk form the state was carried from call to call, in
+            the whole form every call was one whole sequence.
         text_bytes: bytes of text that the scored tokens stand for (bits per byte divides by it).
         kl: KL(reference || candidate) in nats.
-        nll_reference, nll_candidate: -log p(next token) in nats.
+        nll_reference, nll_candidate: -log p(next token) in nats; empty for a model that was not made to
+            predict the next token.
         same_top1: 1 where both rank the same token first.
         error_max: largest absolute logit error of the token.
         error_ms, reference_ms: mean square over the vocabulary of the logit error and of the
@@ -110,11 +113,17 @@ class Fidelity(msgspec.Struct, frozen=True, tag_field="kind", tag="fidelity"):
     reference_ms: PerToken
     non_finite: int = 0
     warnings: tuple[str, ...] = ()
+    form: str = "chunk"
 
     @property
     def tokens(self) -> int:
-        """Number of scored tokens."""
+        """Number of compared positions."""
         return len(self.kl)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the next token was scored: bits per byte and perplexity are nan if not."""
+        return bool(self.nll_reference)
 
     @property
     def max_error(self) -> float:
@@ -169,7 +178,7 @@ class Fidelity(msgspec.Struct, frozen=True, tag_field="kind", tag="fidelity"):
     def perplexity(self, which: str) -> tuple[float, float]:
         """(perplexity per token, standard error by the delta method) of ``reference`` or ``candidate``."""
         nll = _array(self.nll_reference if which == "reference" else self.nll_candidate)
-        value = math.exp(min(_mean(nll), 700.0))
+        value = math.exp(min(_mean(nll), 700.0)) if len(nll) else math.nan
         return value, value * stats.block_se(nll)
 
     def _bits(self, nats: NDArray[np.float64]) -> tuple[float, float]:
@@ -180,7 +189,7 @@ class Fidelity(msgspec.Struct, frozen=True, tag_field="kind", tag="fidelity"):
 
 
 class Window(msgspec.Struct, frozen=True):
-    """Sums over tokens ``[start, stop)`` of a stream, and the state's error at ``stop``.
+    """Sums over positions ``[start, stop)`` of a stream, and the state's error at ``stop``.
 
     ``state_errors``: state tensor -> RMS error over the reference's RMS (absolute RMS where the
     reference's state is all zero), None where it is not finite.
@@ -308,6 +317,10 @@ class Prefill(msgspec.Struct, frozen=True):
     def tokens_per_s(self) -> float:
         return self.length * 1e9 / stats.percentile(self.ns, 50)
 
+    @property
+    def median_ms(self) -> float:
+        return stats.percentile(self.ns, 50) / 1e6
+
 
 class AtPosition(msgspec.Struct, frozen=True):
     """Raw times of single-token steps beginning at ``position`` of a stream."""
@@ -330,6 +343,7 @@ class Latency(msgspec.Struct, frozen=True, tag_field="kind", tag="latency"):
         load_ns: opening a fresh session; empty if not measured.
         first_token_ns: in each such session, the first call, feeding ``prompt`` tokens.
         positions: step times further along the stream (a growing cache shows here).
+        unit: tokens (or frames) that one step feeds.
     """
 
     setup: Setup
@@ -341,6 +355,7 @@ class Latency(msgspec.Struct, frozen=True, tag_field="kind", tag="latency"):
     prompt: int = 0
     first_token_ns: tuple[int, ...] = ()
     positions: tuple[AtPosition, ...] = ()
+    unit: int = 1
 
     def step_ms(self, q: float) -> float:
         """The ``q``-th percentile of the step time in milliseconds."""
@@ -349,7 +364,7 @@ class Latency(msgspec.Struct, frozen=True, tag_field="kind", tag="latency"):
     @property
     def decode_tokens_per_s(self) -> float:
         """Tokens per second at the median step (all rows of the batch together)."""
-        return self.batch * 1e3 / self.step_ms(50)
+        return self.batch * self.unit * 1e3 / self.step_ms(50)
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -365,17 +380,49 @@ class Latency(msgspec.Struct, frozen=True, tag_field="kind", tag="latency"):
         return stats.percentile(self.first_token_ns, 50) / 1e6
 
 
+class Passes(msgspec.Struct, frozen=True, tag_field="kind", tag="passes"):
+    """Raw times of a model in the whole-sequence form, in nanoseconds: every call is one whole sequence.
+
+    Attributes:
+        passes: calls by length, the logits of all positions computed.
+        load_ns: opening a fresh session; empty if not measured.
+        first_ns: in each such session, the first call, of ``first`` tokens or frames.
+    """
+
+    setup: Setup
+    batch: int
+    passes: tuple[Prefill, ...]
+    load_ns: tuple[int, ...] = ()
+    first: int = 0
+    first_ns: tuple[int, ...] = ()
+
+    @property
+    def longest(self) -> Prefill:
+        """The calls of the longest sequence."""
+        return max(self.passes, key=lambda p: p.length)
+
+    @property
+    def load_ms(self) -> float:
+        return stats.percentile(self.load_ns, 50) / 1e6
+
+    @property
+    def first_ms(self) -> float:
+        return stats.percentile(self.first_ns, 50) / 1e6
+
+
 class PairedLatency(msgspec.Struct, frozen=True, tag_field="kind", tag="paired_latency"):
-    """Step times of two runners in alternate rounds, so that both saw the same machine.
+    """Times of two runners in alternate rounds, so that both saw the same machine.
 
     ``setup.runner`` is the one measured, ``other`` the one it is compared with; row i of each holds
-    the raw nanoseconds of round i.
+    the raw nanoseconds of round i. Calls are single steps, or if ``length`` is set whole sequences of that
+    many tokens (or frames).
     """
 
     setup: Setup
     other: str
     ns: tuple[tuple[int, ...], ...]
     other_ns: tuple[tuple[int, ...], ...]
+    length: int = 0
 
     @property
     def speedup(self) -> tuple[float, float, float]:
@@ -464,7 +511,7 @@ class OpTime(msgspec.Struct, frozen=True):
 class OpTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="op_times"):
     """Where the time of a step goes, from the runtime's own profile.
 
-    ``form`` says what was fed: ``step`` (one token a call) or ``prefill``; ``run_ns`` are the
+    ``form`` says what was fed: ``step`` (one token a call), ``prefill`` or ``whole``; ``run_ns`` are the
     runtime's times of whole calls, under profiling (slower than without).
     """
 
@@ -522,7 +569,9 @@ class Bandwidth(msgspec.Struct, frozen=True, tag_field="kind", tag="bandwidth"):
         return _ratio(self.floor_ms, step_ms)
 
 
-Record = Fidelity | Drift | ChunkLaw | Latency | PairedLatency | Together | Memory | OpTimes | Bandwidth
+Record = (
+    Fidelity | Drift | ChunkLaw | Latency | Passes | PairedLatency | Together | Memory | OpTimes | Bandwidth
+)
 
 
 def _array(values: PerToken | NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,9 +1,11 @@
-"""What can be fed tokens and keeps its own state: a bundle's stream, or the PyTorch module."""
+"""What can be fed tokens or features and keeps its own state: a bundle's stream, or the PyTorch module."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Protocol
+
+from xexport.core.contract import Contract
 
 __all__ = ["Runner"]
 
@@ -12,6 +14,8 @@ class Runner(Protocol):
     """The one interface that evaluation, generation and profiling need.
 
     Attributes:
+        contract: its form and input. In the whole form every call is one whole sequence: the position
+            stays 0, and nothing can be saved.
         vocab_size: V, the width of the logits.
         batch: B, fixed for the life of the runner.
         position: tokens fed since the last reset.
@@ -19,6 +23,7 @@ class Runner(Protocol):
         keeps: whether ``keep`` saves work; else every position's logits are computed and most dropped.
     """
 
+    contract: Contract
     vocab_size: int
     batch: int
     position: int
@@ -26,7 +31,7 @@ class Runner(Protocol):
     keeps: bool
 
     def feed(self, tokens: Sequence[int] | Any, keep: int = 0) -> Any:
-        """Feed tokens (``[T]``, or int64 ``[B,T]``) and return float32 logits (numpy).
+        """Feed tokens (``[T]``, or int64 ``[B,T]``) or features and return float32 logits (numpy).
 
         ``keep`` n returns those of the last n positions, ``[B,min(n,T),V]``; 0 those of all T.
         """

@@ -53,14 +53,14 @@ def zero_state(specs: Iterable[StateSpec], batch: int) -> list[Any]:
     return [np.full(state_shape(s, batch), s.init, dtype=s.dtype) for s in specs]
 
 
-def check_state_specs(specs: Sequence[StateSpec]) -> None:
-    """Refuse duplicate names, and names the graph itself needs.
+def check_state_specs(specs: Sequence[StateSpec], reserved: str = "tokens") -> None:
+    """Refuse duplicate names, and names the graph itself needs: ``reserved`` (its input) and ``logits``.
 
     Raises:
         InputError: naming the offending state.
     """
     seen: set[str] = set()
     for spec in specs:
-        if spec.name in seen or spec.name in ("tokens", "logits"):
+        if spec.name in seen or spec.name in (reserved, "logits"):
             raise InputError(f"state name {spec.name!r} is taken", fix="give every state tensor its own name")
         seen.add(spec.name)

@@ -47,8 +47,9 @@ def chunk_law(
     """Feed the same tokens whole, in random odd pieces, and one by one, from one non-zero state.
 
     Args:
-        tokens: ``[n]`` (or ``[B,n]`` for a batch of streams). The first ``start`` (default a
-            quarter) make the state; the rest is cut. The whole's logits are held in memory.
+        tokens: ``[n]`` (or ``[B,n]`` for a batch of streams), or features with one more axis. The first
+            ``start`` (default a quarter) make the state; the rest is cut. The whole's logits are held in
+            memory. Of features, ``start`` and the pieces count positions of the logits.
         cuts: random cuts beside "one by one".
 
     Returns:
@@ -56,25 +57,31 @@ def chunk_law(
 
     Raises:
         InputError: too few tokens.
+        FormError: the model has the whole-sequence form only.
     """
     progress = progress or Silent()
-    array = np.atleast_2d(np.asarray(tokens, dtype=np.int64))
-    array = np.broadcast_to(array, (runner.batch, array.shape[1]))
+    contract = runner.contract
+    contract.require_state("keep the chunk law")
+    unit = contract.inputs.multiple
+    array = contract.batched(tokens, runner.batch)
     if runner.max_tokens is not None:
         array = array[:, : runner.max_tokens]
-    if array.shape[1] < 4:
-        raise InputError("too few tokens to cut", got=array.shape[1], allowed="at least 4")
-    begin = array.shape[1] // 4 if start is None else start
-    if not 0 <= begin <= array.shape[1] - 2:
-        raise InputError("the start leaves nothing to cut", got=begin, allowed=f"0 to {array.shape[1] - 2}")
-    rest = array[:, begin:]
-    total = rest.shape[1]
+    count = array.shape[1] // unit
+    if count < 4:
+        raise InputError(
+            f"too few {contract.inputs.unit}s to cut", got=array.shape[1], allowed=f"at least {4 * unit}"
+        )
+    begin = count // 4 if start is None else start
+    if not 0 <= begin <= count - 2:
+        raise InputError("the start leaves nothing to cut", got=begin, allowed=f"0 to {count - 2}")
+    rest = array[:, begin * unit : count * unit]
+    total = count - begin
     ways = [*random_cuts(total, cuts, seed), (1,) * total]
-    progress.stage(f"chunk law on {total} tokens", len(ways) + 1)
+    progress.stage(f"chunk law on {total} {'tokens' if unit == 1 else 'positions'}", len(ways) + 1)
 
     runner.reset()
     if begin:
-        runner.feed(array[:, :begin])
+        runner.feed(array[:, : begin * unit])
     saved = runner.save()
     whole = np.asarray(runner.feed(rest), np.float64)
     final = runner.state()
@@ -90,14 +97,14 @@ def chunk_law(
 
 def _cut(
     runner: Runner,
-    rest: NDArray[np.int64],
+    rest: NDArray[Any],
     pieces: tuple[int, ...],
     whole: NDArray[np.float64],
     final: dict[str, NDArray[Any]],
 ) -> Cut:
-    worst, at = 0.0, 0
+    worst, at, unit = 0.0, 0, runner.contract.inputs.multiple
     for length in pieces:
-        got = np.asarray(runner.feed(rest[:, at : at + length]), np.float64)
+        got = np.asarray(runner.feed(rest[:, at * unit : (at + length) * unit]), np.float64)
         with np.errstate(invalid="ignore"):
             # np.maximum, unlike max, keeps a nan once it is seen.
             worst = float(np.maximum(worst, np.abs(got - whole[:, at : at + length]).max()))

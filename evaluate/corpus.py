@@ -1,4 +1,4 @@
-"""The text that models are judged on: the built-in held-out text, or the user's own file."""
+"""What models are judged on: the built-in held-out text, the user's own text, or clips of features."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from xexport.core.contract import TOKENS, InputSpec
 from xexport.core.errors import InputError
 from xexport.runtimes.tokenizers import Tokenizer, parse_ids
 
@@ -20,31 +22,40 @@ BUILT_IN = "moby_dick.txt"
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as token ids.
+    """A text as token ids, or recordings as features.
 
     Attributes:
         name, sha256: what was read, for the records.
-        tokens: int64 [n].
-        bytes: size of the text that the tokens stand for.
+        tokens: int64 [n]; of features float32 [n,F], clip behind clip.
+        bytes: size of the text that the tokens stand for; 0 of features.
+        clips: lengths of the clips; empty for one text.
     """
 
     name: str
     sha256: str
-    tokens: NDArray[np.int64]
+    tokens: NDArray[Any]
     bytes: int
+    clips: tuple[int, ...] = ()
 
     def head(self, count: int) -> Corpus:
-        """The first ``count`` tokens, with the bytes they stand for in proportion."""
+        """The first ``count`` tokens or frames, with the bytes they stand for in proportion."""
         if count >= len(self.tokens):
             return self
-        share = max(1, round(self.bytes * count / len(self.tokens)))
-        return Corpus(self.name, self.sha256, self.tokens[:count], share)
+        share = max(1, round(self.bytes * count / len(self.tokens))) if self.bytes else 0
+        ends = [min(int(end), count) for end in np.cumsum(self.clips)]
+        lengths = tuple(int(n) for n in np.diff([0, *ends]) if n)
+        return Corpus(self.name, self.sha256, self.tokens[:count], share, lengths)
 
 
 def read_corpus(
-    tokenizer: Tokenizer, vocab_size: int, path: str | Path | None = None, *, count: int = 1 << 17
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    path: str | Path | None = None,
+    *,
+    count: int = 1 << 17,
+    inputs: InputSpec = TOKENS,
 ) -> Corpus:
-    """The first ``count`` bytes of a text, encoded.
+    """The first ``count`` bytes of a text, encoded; for a model of features, clips (features.py).
 
     A model without a tokenizer reads a file of ids between spaces; without a file it is fed random
     ids: that shows what quantization changes, not what the model knows, and the name of the corpus
@@ -53,6 +64,10 @@ def read_corpus(
     Raises:
         InputError: the file is missing, empty, or holds ids the model does not have.
     """
+    if inputs.width:
+        from xexport.evaluate.features import read_clips
+
+        return read_clips(inputs, path)
     if tokenizer.vocab_size is None and path is None:
         return _random_ids(vocab_size, min(count, 4096))
     name, data = _read(path)

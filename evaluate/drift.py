@@ -15,7 +15,7 @@ from xexport.core.records import Drift, Fidelity, Setup, Window
 from xexport.core.runner import Runner
 from xexport.evaluate.fidelity import fidelity_row, scored_bytes
 from xexport.evaluate.metrics import TokenMetrics
-from xexport.evaluate.streaming import check_tokens, notes_of, stream_compared
+from xexport.evaluate.streaming import notes_of, prepare, stream_compared
 
 __all__ = ["compare_and_drift", "drift", "state_errors", "window_stops"]
 
@@ -75,7 +75,8 @@ def compare_and_drift(
     """Stream one long text once, for the fidelity of the whole and for its course along the stream.
 
     Args:
-        tokens: ``[n]`` token ids; cut at the model's longest stream (the rows say so).
+        tokens: ``[n]`` token ids, or features ``[n,F]``; cut at the model's longest stream (the rows say
+            so).
         setup, chunk, text_bytes: see :func:`xexport.evaluate.fidelity.compare`.
         windows, spacing: see :func:`window_stops`; the states are compared where windows end, and
             no call goes beyond such an end.
@@ -87,32 +88,33 @@ def compare_and_drift(
         InputError: tokens that a runner can't take.
     """
     progress = progress or Silent()
-    array, note = check_tokens({reference_name: reference, **candidates}, tokens)
-    scored = len(array) - 1
-    ends = window_stops(scored, windows, spacing)
-    stops = sorted(set(ends) | set(range(chunk, scored, chunk)))
-    progress.stage(f"fidelity and drift on {scored} tokens", len(stops))
+    fed = prepare({reference_name: reference, **candidates}, tokens)
+    unit = fed.unit
+    ends = [unit * end for end in window_stops(fed.length // unit, windows, spacing)]
+    stops = fed.stops(chunk, ends)
+    progress.stage(f"fidelity and drift on {fed.length} {reference.contract.inputs.unit}s", len(stops))
     courses = {name: _Course() for name in candidates}
-    for compared in stream_compared(reference, candidates, array, stops):
+    for compared in stream_compared(reference, candidates, fed, stops):
         truth = reference.state() if compared.stop in ends else None
         for name, metrics in compared.metrics.items():
             courses[name].add(metrics)
             if truth is not None:
-                courses[name].close(compared.stop, state_errors(truth, candidates[name].state()))
+                stop = compared.stop // unit
+                courses[name].close(stop, state_errors(truth, candidates[name].state()))
         progress.advance()
     fidelity: dict[str, Fidelity] = {}
     drifts: dict[str, Drift] = {}
     for name, course in courses.items():
         whole = TokenMetrics.join(course.parts)
         mine = msgspec.structs.replace(setup, runner=name)
-        notes = notes_of(name, whole, note)
+        notes = notes_of(name, whole, fed.note)
         fidelity[name] = fidelity_row(
             whole,
             setup=mine,
             reference=reference_name,
             chunk=chunk,
             vocab_size=reference.vocab_size,
-            text_bytes=scored_bytes(tokens, scored, text_bytes),
+            text_bytes=scored_bytes(tokens, fed, text_bytes),
             notes=notes,
         )
         drifts[name] = Drift(
@@ -176,14 +178,19 @@ def _window(start: int, stop: int, m: TokenMetrics, errors: dict[str, float | No
         stop=stop,
         kl_sum=_finite(m.kl.sum()),
         kl_max=_finite(m.kl.max()),
-        nll_reference_sum=_finite(m.nll_reference.sum()),
-        nll_candidate_sum=_finite(m.nll_candidate.sum()),
+        nll_reference_sum=_total(m.nll_reference),
+        nll_candidate_sum=_total(m.nll_candidate),
         same_top1=int(m.same_top1.sum()),
         error_max=_finite(m.error_max.max()),
         error_ms_sum=_finite(m.error_ms.sum()),
         reference_ms_sum=_finite(m.reference_ms.sum()),
         state_errors=errors,
     )
+
+
+def _total(values: NDArray[np.float64]) -> float | None:
+    """The sum; None where nothing was scored."""
+    return _finite(values.sum()) if len(values) else None
 
 
 def _finite(value: Any) -> float | None:

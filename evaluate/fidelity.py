@@ -13,7 +13,7 @@ from xexport.core.progress import Progress, Silent
 from xexport.core.records import Fidelity, Setup
 from xexport.core.runner import Runner
 from xexport.evaluate.metrics import TokenMetrics
-from xexport.evaluate.streaming import check_tokens, notes_of, stream_compared
+from xexport.evaluate.streaming import Fed, notes_of, prepare, stream_compared
 
 __all__ = ["compare", "fidelity_row", "scored_bytes"]
 
@@ -32,7 +32,8 @@ def compare(
     """Stream one text through the reference once and through every candidate.
 
     Args:
-        tokens: ``[n]`` token ids; n - 1 of them are fed and each next token is scored.
+        tokens: ``[n]`` token ids; n - 1 of them are fed and each next token is scored. Or features
+            ``[n,F]``, all of which are fed and none scored.
         setup: the row's configuration; ``runner`` is replaced by the candidate's name.
         chunk: tokens per call, the state carried between calls.
         text_bytes: bytes that ``tokens[1:]`` decode to; None: one byte a token.
@@ -44,12 +45,11 @@ def compare(
         InputError: tokens that a runner can't take.
     """
     progress = progress or Silent()
-    array, note = check_tokens({reference_name: reference, **candidates}, tokens)
-    scored = len(array) - 1
-    stops = [*range(chunk, scored, chunk), scored]
-    progress.stage(f"fidelity on {scored} tokens", len(stops))
+    fed = prepare({reference_name: reference, **candidates}, tokens)
+    stops = fed.stops(chunk)
+    progress.stage(f"fidelity on {fed.length} {reference.contract.inputs.unit}s", len(stops))
     parts: dict[str, list[TokenMetrics]] = {name: [] for name in candidates}
-    for compared in stream_compared(reference, candidates, array, stops):
+    for compared in stream_compared(reference, candidates, fed, stops):
         for name, metrics in compared.metrics.items():
             parts[name].append(metrics)
         progress.advance()
@@ -62,15 +62,17 @@ def compare(
             reference=reference_name,
             chunk=chunk,
             vocab_size=reference.vocab_size,
-            text_bytes=scored_bytes(tokens, scored, text_bytes),
-            notes=notes_of(name, metrics, note),
+            text_bytes=scored_bytes(tokens, fed, text_bytes),
+            notes=notes_of(name, metrics, fed.note),
         )
     return rows
 
 
-def scored_bytes(tokens: Sequence[int] | Any, scored: int, text_bytes: int | None) -> int:
-    """Bytes that the scored tokens stand for; a text cut at the model's limit keeps its ratio."""
-    whole = np.asarray(tokens).size - 1
+def scored_bytes(tokens: Sequence[int] | Any, fed: Fed, text_bytes: int | None) -> int:
+    """Bytes that the scored tokens stand for (0 if none is); a text cut at the limit keeps its ratio."""
+    if fed.targets is None:
+        return 0
+    scored, whole = fed.length, np.asarray(tokens).size - 1
     return scored if text_bytes is None else max(1, round(text_bytes * scored / whole))
 
 
@@ -83,6 +85,7 @@ def fidelity_row(
     vocab_size: int,
     text_bytes: int,
     notes: tuple[str, ...],
+    form: str = "chunk",
 ) -> Fidelity:
     """The metrics of a whole text as a row."""
     return Fidelity(
@@ -100,6 +103,7 @@ def fidelity_row(
         reference_ms=_row(m.reference_ms),
         non_finite=int((~m.finite).sum()),
         warnings=notes,
+        form=form,
     )
 
 

@@ -17,10 +17,11 @@ from xexport.core.records import AtPosition, Latency, PairedLatency, Prefill, Se
 from xexport.core.runner import Runner
 
 __all__ = [
-    "TokenSource",
+    "Source",
     "measure_latency",
     "paired_latency",
     "quiet",
+    "time_loads",
     "time_prefill_once",
     "time_steps",
     "walk_to",
@@ -46,7 +47,7 @@ def measure_latency(
     """Time one runner.
 
     Args:
-        tokens: ``[n]`` ids to feed; they are repeated where more are needed.
+        tokens: ``[n]`` ids or ``[n,F]`` features to feed; they are repeated where more are needed.
         warmup, steps: single-token calls thrown away, and kept.
         prefill, repeats: lengths of whole-prompt calls on an empty state, and calls each (after one
             thrown away). A length over the model's limit is left out. The logits after the last
@@ -63,13 +64,14 @@ def measure_latency(
         InputError: no tokens, or a stream limit too short for the steps asked for.
     """
     progress = progress or Silent()
-    source = TokenSource(tokens, runner.batch)
-    limit = runner.max_tokens
+    source = Source(tokens, runner)
+    contract, unit = runner.contract, source.unit
+    limit = None if runner.max_tokens is None else runner.max_tokens // unit
     if limit is not None and warmup + steps > limit:
         warmup = min(warmup, limit // 4)
         steps = limit - warmup
-    lengths = [n for n in prefill if limit is None or n <= limit]
-    places = [p for p in positions if limit is None or p + samples <= limit]
+    lengths = contract.lengths(n for n in prefill if limit is None or n <= limit * unit)
+    places = [contract.nearest(p) for p in positions if limit is None or p + samples * unit <= limit * unit]
     progress.stage("latency", 1 + len(lengths) + len(places) + (loads if open_runner else 0))
 
     runner.reset()
@@ -92,8 +94,8 @@ def measure_latency(
             far.append(AtPosition(place, time_steps(runner, source, samples - 1)))
         progress.advance()
     runner.reset()
-    prompt = min(prompt, limit or prompt)
-    load_ns, first_ns = _time_loads(open_runner, source, loads, prompt, progress) if open_runner else ((), ())
+    prompt = contract.nearest(prompt)
+    load_ns, first_ns = time_loads(open_runner, source, loads, prompt, progress) if open_runner else ((), ())
     return Latency(
         setup=setup,
         batch=runner.batch,
@@ -104,6 +106,7 @@ def measure_latency(
         prompt=prompt if open_runner else 0,
         first_token_ns=first_ns,
         positions=tuple(far),
+        unit=unit,
     )
 
 
@@ -129,11 +132,11 @@ def paired_latency(
     """
     progress = progress or Silent()
     progress.stage(f"{setup.runner} against {other_name}", rounds)
-    source = TokenSource(tokens, runner.batch)
+    source = Source(tokens, runner)
     pair = (runner, other)
     limits = [r.max_tokens for r in pair if r.max_tokens is not None]
     if limits:
-        rounds = max(1, min(rounds, (min(limits) - warmup) // steps))
+        rounds = max(1, min(rounds, (min(limits) // source.unit - warmup) // steps))
     kept: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] = ([], [])
     with quiet():
         for each in pair:
@@ -148,20 +151,28 @@ def paired_latency(
     return PairedLatency(setup=setup, other=other_name, ns=tuple(kept[0]), other_ns=tuple(kept[1]))
 
 
-class TokenSource:
-    """An endless text as ``[B,T]`` pieces."""
+class Source:
+    """An endless text or recording in pieces ``[B,T]`` or ``[B,T,F]``, as a runner takes them.
 
-    def __init__(self, tokens: Sequence[int] | Any, batch: int) -> None:
-        self._tokens = np.asarray(tokens, dtype=np.int64).reshape(-1)
-        if not len(self._tokens):
-            raise InputError("no tokens to time with", got=0, allowed="at least 1")
-        self._batch = batch
+    Attributes:
+        unit: the least that the runner can be fed, one step.
+    """
+
+    def __init__(self, values: Sequence[int] | Any, runner: Runner) -> None:
+        spec = runner.contract.inputs
+        array = np.asarray(values, dtype=spec.dtype)
+        self._values = array if spec.width else array.reshape(-1)
+        if not len(self._values):
+            raise InputError(f"no {spec.unit}s to time with", got=0, allowed="at least 1")
+        self.unit = spec.multiple
+        self._batch = runner.batch
         self._at = 0
 
-    def take(self, count: int) -> NDArray[np.int64]:
-        ids = np.take(self._tokens, range(self._at, self._at + count), mode="wrap")
-        self._at = (self._at + count) % len(self._tokens)
-        return np.ascontiguousarray(np.broadcast_to(ids, (self._batch, count)))
+    def take(self, count: int) -> NDArray[Any]:
+        """The next ``count`` tokens or frames."""
+        part = np.take(self._values, range(self._at, self._at + count), axis=0, mode="wrap")
+        self._at = (self._at + count) % len(self._values)
+        return np.ascontiguousarray(np.broadcast_to(part, (self._batch, *part.shape)))
 
 
 @contextmanager
@@ -177,9 +188,9 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
-def time_steps(runner: Runner, source: TokenSource, count: int) -> tuple[int, ...]:
-    """Nanoseconds of ``count`` calls of one token each, from where the runner is."""
-    pieces = [source.take(1) for _ in range(count)]
+def time_steps(runner: Runner, source: Source, count: int) -> tuple[int, ...]:
+    """Nanoseconds of ``count`` calls of one step each, from where the runner is."""
+    pieces = [source.take(source.unit) for _ in range(count)]
     samples = []
     for piece in pieces:
         begin = time.perf_counter_ns()
@@ -188,12 +199,12 @@ def time_steps(runner: Runner, source: TokenSource, count: int) -> tuple[int, ..
     return tuple(samples)
 
 
-def _time_prefill(runner: Runner, source: TokenSource, length: int, repeats: int) -> tuple[int, ...]:
+def _time_prefill(runner: Runner, source: Source, length: int, repeats: int) -> tuple[int, ...]:
     samples = [time_prefill_once(runner, source, length) for _ in range(repeats + 1)]
     return tuple(samples[1:])  # the first call of a length allocates
 
 
-def time_prefill_once(runner: Runner, source: TokenSource, length: int) -> int:
+def time_prefill_once(runner: Runner, source: Source, length: int) -> int:
     """Nanoseconds of one call that feeds ``length`` tokens to an empty state and keeps the last logits."""
     runner.reset()
     piece = source.take(length)
@@ -203,15 +214,17 @@ def time_prefill_once(runner: Runner, source: TokenSource, length: int) -> int:
         return time.perf_counter_ns() - begin
 
 
-def walk_to(runner: Runner, source: TokenSource, position: int, chunk: int = 256) -> None:
+def walk_to(runner: Runner, source: Source, position: int, chunk: int = 256) -> None:
     """Feed the runner up to a position of its stream, in chunks."""
+    chunk = runner.contract.nearest(chunk)
     while (left := position - runner.position) > 0:
         runner.feed(source.take(min(chunk, left)), 1)
 
 
-def _time_loads(
-    open_runner: Callable[[], Runner], source: TokenSource, loads: int, prompt: int, progress: Progress
+def time_loads(
+    open_runner: Callable[[], Runner], source: Source, loads: int, prompt: int, progress: Progress
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Nanoseconds of opening fresh sessions, and of the first call of each, of ``prompt`` tokens."""
     load_ns, first_ns = [], []
     for _ in range(loads):
         with quiet():

@@ -36,17 +36,21 @@ process = psutil.Process()
 start = process.memory_info().rss
 stream = load(folder).stream(batch=1)
 loaded = process.memory_info().rss
-limit = stream.max_tokens
-fed = 0
-tokens = [i % stream.vocab_size for i in range(count if limit is None else min(count, limit))]
-half = len(tokens) // 2
-if half:
-    stream.feed(tokens[:half], keep=1)
-for token in tokens[half:]:
-    stream.feed([token])
+contract = stream.contract
+length, unit = contract.nearest(count), contract.inputs.multiple
+values = contract.inputs.random(numpy.random.default_rng(0), 1, length, stream.vocab_size)
+if contract.streams:
+    half = length // 2 // unit * unit
+    if half:
+        stream.feed(values[:, :half], keep=1)
+    for at in range(half, length, unit):
+        stream.feed(values[:, at : at + unit])
+else:
+    for _ in range(3):
+        stream.feed(values)
 print(json.dumps({
     "start_rss": start, "loaded_rss": loaded, "end_rss": process.memory_info().rss,
-    "peak_rss": peak(process), "tokens": len(tokens),
+    "peak_rss": peak(process), "tokens": length,
 }))
 """
 
@@ -61,6 +65,8 @@ def measure_memory(
     timeout_s: float = 600.0,
 ) -> Memory:
     """Load a bundle in a fresh interpreter, feed ``tokens`` (half in one call, half one by one).
+
+    In the whole form every call is one sequence of that many, or of the nearest length allowed.
 
     Args:
         weights_bytes, state_bytes: sizes from the manifest, repeated in the row.

@@ -72,7 +72,8 @@ def profile_ops(
 ) -> OpTimes:
     """Profile an ONNX Runtime bundle: ``steps`` calls of ``tokens_per_call`` tokens at batch 1.
 
-    Single tokens are fed with the state carried, longer calls from the initial state each.
+    Single steps are fed with the state carried, longer calls from the initial state each. In the whole form
+    every call is one sequence of the nearest length that the model takes.
 
     Raises:
         BundleError, RuntimeFailure: the bundle can't be opened, run or profiled.
@@ -81,27 +82,28 @@ def profile_ops(
     from xexport.runtimes.onnxruntime import open_engine
 
     manifest = read_manifest(bundle)
-    source = np.asarray(tokens, dtype=np.int64).reshape(-1)
-    limit = manifest.model.max_tokens
-    if limit is not None:
-        tokens_per_call = min(tokens_per_call, limit)
-        if tokens_per_call == 1:
-            steps = min(steps, max(limit - warmup, 1))
+    contract = manifest.model.contract
+    spec = contract.inputs
+    source = np.asarray(tokens, dtype=spec.dtype)
+    per_call = contract.nearest(tokens_per_call)
+    carried = contract.streams and per_call == spec.multiple
+    if carried and contract.max_tokens is not None:
+        steps = min(steps, max(contract.max_tokens // per_call - warmup, 1))
     with tempfile.TemporaryDirectory(prefix="xexport-profile-") as folder:
         engine = open_engine(bundle, manifest, threads=threads, profile_prefix=Path(folder) / "profile")
         cell = engine.cell(1)
         for index in range(warmup + steps):
-            if index == 0 or tokens_per_call > 1:
+            if index == 0 or not carried:
                 cell.reset()
-            at = index * tokens_per_call
-            ids = np.take(source, range(at, at + tokens_per_call), mode="wrap")
-            cell.run(np.ascontiguousarray(ids[None, :]), 1)
+            at = index * per_call
+            values = np.take(source, range(at, at + per_call), axis=0, mode="wrap")
+            cell.run(np.ascontiguousarray(values[None]), 1 if contract.streams else 0)
         written = Path(engine.session.end_profiling())
         return parse_profile(
             written,
             setup=setup,
-            form="step" if tokens_per_call == 1 else "prefill",
-            tokens_per_call=tokens_per_call,
+            form="step" if carried else "prefill" if contract.streams else "whole",
+            tokens_per_call=per_call,
             skip=warmup,
         )
 

@@ -32,8 +32,8 @@ def measure_bundles(
 
     Args:
         positions: where in the stream steps are timed; by default early, later, and as far as each
-            bounded model goes.
-        prefill: lengths of prefills; 128 and 512 by default.
+            bounded model goes. None in the whole-sequence form.
+        prefill: lengths of prefills or whole sequences; 128, 512 and fixed lengths by default.
         rounds: rounds at each position.
         threads: 0 takes every core.
 
@@ -42,6 +42,7 @@ def measure_bundles(
 
     Raises:
         InputError: fewer than two bundles, no rounds, or a position that no bundle can reach.
+        FormError: models of both forms, or with different inputs.
         RuntimeFailure: a bundle can't run here.
     """
     if rounds < 2:
@@ -53,17 +54,21 @@ def measure_bundles(
     rivals = {}
     for index, bundle in enumerate(bundles):
         manifest = bundle.manifest
-        corpus = read_corpus(bundle.tokenizer(), manifest.model.vocab_size, count=_TEXT)
+        model = manifest.model
+        corpus = read_corpus(bundle.tokenizer(), model.vocab_size, count=_TEXT, inputs=model.input)
         setup = setup_for(manifest, bundle.path.name, corpus, threads or None)
         # two folders of one name in different places are two bundles
         rivals[f"{index}:{bundle.path.name}"] = Rival(bundle.stream(threads=threads), corpus.tokens, setup)
         progress.advance()
-    limits = [r.runner.max_tokens for r in rivals.values()]
-    places = positions or default_positions(limits, rounds=rounds, steps=_STEPS)
+    contracts = [bundle.manifest.model.contract for bundle in bundles]
+    places = positions or ()
+    if not places and all(c.streams for c in contracts):
+        places = default_positions([c.max_tokens for c in contracts], rounds=rounds, steps=_STEPS)
+    fixed = {c.fixed_length for c in contracts if c.fixed_length is not None}
     rows = measure_together(
         rivals,
         positions=places,
-        prefill=prefill or _PREFILL,
+        prefill=prefill or sorted({*_PREFILL, *fixed}),
         rounds=rounds,
         steps=_STEPS,
         progress=progress,

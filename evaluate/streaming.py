@@ -1,4 +1,4 @@
-"""Feeding one text to several runners in step, chunk by chunk, with their states carried."""
+"""Feeding one text or recording to several runners in step, chunk by chunk, with their states carried."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xexport.core.errors import InputError
 from xexport.core.runner import Runner
 from xexport.evaluate.metrics import TokenMetrics, compare_logits
 
-__all__ = ["Compared", "NonFiniteWarning", "check_tokens", "notes_of", "stream_compared"]
+__all__ = ["Compared", "Fed", "NonFiniteWarning", "logits_of", "notes_of", "prepare", "stream_compared"]
 
 
 class NonFiniteWarning(RuntimeWarning):
@@ -23,66 +23,118 @@ class NonFiniteWarning(RuntimeWarning):
 
 @dataclass(frozen=True)
 class Compared:
-    """What one chunk ``tokens[start:stop]`` gave: candidate name -> metrics of its tokens."""
+    """What one chunk ``[start:stop]`` of what is fed gave: candidate name -> metrics of its positions."""
 
     start: int
     stop: int
     metrics: Mapping[str, TokenMetrics]
 
 
-def check_tokens(runners: Mapping[str, Runner], tokens: Sequence[int] | Any) -> tuple[NDArray[np.int64], str]:
-    """The tokens as an array that every runner can take, and a warning if they had to be cut.
+@dataclass(frozen=True)
+class Fed:
+    """One text or recording as it is fed to runners of batch 1.
+
+    Attributes:
+        values: ids ``[n]`` or features ``[n,F]``.
+        targets: the next tokens ``[n]``, or None where there is nothing to predict.
+        unit: n and every cut of it are multiples of it; one position of the logits.
+        note: a warning, if the text had to be cut.
+    """
+
+    values: NDArray[Any]
+    targets: NDArray[np.int64] | None
+    unit: int
+    note: str
+
+    @property
+    def length(self) -> int:
+        return len(self.values)
+
+    def stops(self, chunk: int, ends: Sequence[int] = ()) -> list[int]:
+        """Increasing ends of chunks of at most ``chunk``, and of the given ends, which are kept."""
+        step = max(chunk // self.unit, 1) * self.unit
+        return sorted({*range(step, self.length, step), self.length, *ends})
+
+
+def prepare(runners: Mapping[str, Runner], values: Sequence[int] | Any) -> Fed:
+    """What every runner can take of a text ``[n]`` or of features ``[n,F]``.
 
     Scoring n tokens feeds n - 1 of them, so a stream limit of m allows m + 1.
 
     Raises:
-        InputError: too few tokens, one outside a vocabulary, or a runner with a batch other than 1.
+        InputError: too few, a token outside a vocabulary, features of another width, or a runner with a
+            batch other than 1.
     """
-    array = np.asarray(tokens, dtype=np.int64).reshape(-1)
-    if len(array) < 2:
+    contract = next(iter(runners.values())).contract
+    spec, ahead = contract.inputs, contract.predicts_next
+    array = np.asarray(values, dtype=spec.dtype)
+    array = array if spec.width else array.reshape(-1)
+    unit, extra = spec.multiple, int(ahead)
+    usable = (len(array) - extra) // unit * unit + extra
+    if usable < unit + extra:
         raise InputError(
-            "too few tokens to evaluate on", got=len(array), allowed="at least 2", fix="use a longer text"
+            f"too few {spec.unit}s to evaluate on",
+            got=len(array),
+            allowed=f"at least {unit + extra}",
+            fix="use a longer text",
         )
-    note = ""
+    array = array[:usable]
     for name, runner in runners.items():
-        if runner.batch != 1:
-            raise InputError(f"runner {name!r} can't be compared", got=f"batch {runner.batch}", allowed=1)
-        if array.min() < 0 or array.max() >= runner.vocab_size:
-            raise InputError(
-                f"a token is outside the vocabulary of {name!r}",
-                got=f"tokens from {array.min()} to {array.max()}",
-                allowed=f"0 to {runner.vocab_size - 1}",
-                fix="evaluate on a text in the model's own tokens",
-            )
+        _check(name, runner, array)
     limit = min((r.max_tokens for r in runners.values() if r.max_tokens is not None), default=None)
-    if limit is not None and len(array) > limit + 1:
-        note = f"the text was cut to {limit + 1} tokens: the longest stream the model can hold is {limit}"
-        array = array[: limit + 1]
-    return array, note
+    note = ""
+    if limit is not None and len(array) > limit // unit * unit + extra:
+        top = limit // unit * unit + extra
+        note = f"the text was cut to {top} {spec.unit}s: the longest stream the model can hold is {limit}"
+        array = array[:top]
+    return Fed(array[:-1] if ahead else array, array[1:] if ahead else None, unit, note)
+
+
+def _check(name: str, runner: Runner, array: NDArray[Any]) -> None:
+    """Refuse what one runner can't take."""
+    spec = runner.contract.inputs
+    if runner.batch != 1:
+        raise InputError(f"runner {name!r} can't be compared", got=f"batch {runner.batch}", allowed=1)
+    if spec.width:
+        if array.ndim != 2 or array.shape[1] != spec.width:
+            raise InputError(
+                f"features that {name!r} can't take",
+                got=f"shape {list(array.shape)}",
+                allowed=f"[n, {spec.width}]",
+            )
+    elif array.min() < 0 or array.max() >= runner.vocab_size:
+        raise InputError(
+            f"a token is outside the vocabulary of {name!r}",
+            got=f"tokens from {array.min()} to {array.max()}",
+            allowed=f"0 to {runner.vocab_size - 1}",
+            fix="evaluate on a text in the model's own tokens",
+        )
 
 
 def stream_compared(
-    reference: Runner, candidates: Mapping[str, Runner], tokens: NDArray[np.int64], stops: Sequence[int]
+    reference: Runner, candidates: Mapping[str, Runner], fed: Fed, stops: Sequence[int]
 ) -> Iterator[Compared]:
-    """Feed ``tokens[:-1]`` from reset states, cut at ``stops``, and compare chunk by chunk.
+    """Feed everything from reset states, cut at ``stops``, and compare chunk by chunk.
 
     The reference is run once for all candidates; only one chunk's logits are held at a time.
 
     Args:
-        stops: increasing ends of the chunks, the last one ``len(tokens) - 1``.
+        stops: increasing ends of the chunks, the last one ``fed.length``.
     """
     reference.reset()
     for runner in candidates.values():
         runner.reset()
     start = 0
     for stop in stops:
-        piece, targets = tokens[start:stop], tokens[start + 1 : stop + 1]
-        expected = _logits("reference", reference, piece)
-        yield Compared(
-            start,
-            stop,
-            {n: compare_logits(expected, _logits(n, c, piece), targets) for n, c in candidates.items()},
-        )
+        piece = fed.values[start:stop]
+        targets = None if fed.targets is None else fed.targets[start:stop]
+        positions = reference.contract.positions(len(piece))
+        expected = logits_of("reference", reference, piece, positions)
+        metrics = {
+            n: compare_logits(expected, logits_of(n, c, piece, positions), targets)
+            for n, c in candidates.items()
+        }
+        yield Compared(start, stop, metrics)
         start = stop
 
 
@@ -96,13 +148,14 @@ def notes_of(name: str, metrics: TokenMetrics, note: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _logits(name: str, runner: Runner, piece: NDArray[np.int64]) -> NDArray[Any]:
-    """Logits ``[T,V]`` of one chunk at batch 1."""
-    out = np.asarray(runner.feed(piece))
-    if out.shape != (1, len(piece), runner.vocab_size):
-        raise InputError(
-            f"runner {name!r} returned logits of a wrong shape",
-            got=out.shape,
-            allowed=(1, len(piece), runner.vocab_size),
-        )
+def logits_of(name: str, runner: Runner, piece: NDArray[Any], positions: int | None = None) -> NDArray[Any]:
+    """Logits ``[positions,V]`` of one call at batch 1; None: of as many positions as there are.
+
+    Raises:
+        InputError: logits of another shape.
+    """
+    out = np.asarray(runner.feed(piece[None]))
+    wanted = (1, out.shape[1] if positions is None else positions, runner.vocab_size)
+    if out.shape != wanted:
+        raise InputError(f"runner {name!r} returned logits of a wrong shape", got=out.shape, allowed=wanted)
     return np.asarray(out[0])

@@ -21,6 +21,7 @@ from xexport.evaluate.environment import make_setup
 from xexport.evaluate.latency import measure_latency, paired_latency
 from xexport.evaluate.memory import measure_memory
 from xexport.evaluate.optimes import profile_ops
+from xexport.evaluate.whole import compare_whole, measure_passes, paired_passes, windows
 from xexport.runtimes.bundle import Bundle
 
 __all__ = ["Sizes", "accuracy", "law", "setup_for", "sizes_for", "speed"]
@@ -59,12 +60,13 @@ def sizes_for(parameters: int, slowest: Runner | None = None) -> Sizes:
 
 
 def _seconds_per_token(runner: Runner) -> float:
-    count = min(_PROBE, runner.max_tokens or _PROBE)
-    ids = np.zeros((runner.batch, count), np.int64)
-    runner.feed(ids)
+    contract = runner.contract
+    count = contract.nearest(_PROBE)
+    values = contract.inputs.random(np.random.default_rng(0), runner.batch, count, runner.vocab_size)
+    runner.feed(values)
     runner.reset()
     began = time.perf_counter()
-    runner.feed(ids)
+    runner.feed(values)
     seconds = time.perf_counter() - began
     runner.reset()
     return seconds / count
@@ -94,7 +96,19 @@ def accuracy(
     *,
     reference_name: str = "torch",
 ) -> list[Record]:
-    """Fidelity and drift of the candidates against the reference, which runs once."""
+    """Fidelity of the candidates against the reference, which runs once; in the chunk form drift too."""
+    if not reference.contract.streams:
+        pieces = windows(corpus.tokens, reference, clips=corpus.clips, count=sizes.fidelity_tokens)
+        found = compare_whole(
+            reference,
+            candidates,
+            pieces,
+            setup=setup,
+            bytes_per_token=corpus.bytes / len(corpus.tokens),
+            reference_name=reference_name,
+            progress=progress,
+        )
+        return [*found.values()]
     limits = [r.max_tokens + 1 for r in (reference, *candidates.values()) if r.max_tokens is not None]
     part = corpus.head(min(max(sizes.fidelity_tokens, sizes.drift_tokens), *limits, len(corpus.tokens)))
     scored = max(1, round(part.bytes * (len(part.tokens) - 1) / len(part.tokens)))
@@ -112,7 +126,7 @@ def accuracy(
 
 def law(runner: Runner, corpus: Corpus, setup: Setup, sizes: Sizes, progress: Progress) -> ChunkLaw:
     """The chunk law of the bundle as it will run."""
-    tokens = corpus.head(sizes.chunk_tokens).tokens
+    tokens = corpus.head(sizes.chunk_tokens * runner.contract.inputs.multiple).tokens
     return chunk_law(runner, tokens, setup=setup, progress=progress)
 
 
@@ -126,7 +140,44 @@ def speed(
     *,
     threads: int = 0,
 ) -> list[Record]:
-    """Latency, memory, per-operator time and bandwidth of a bundle, and its step against others'."""
+    """Latency, memory, per-operator time and bandwidth of a bundle, and its speed against others'.
+
+    Of a model in the whole-sequence form: whole passes, memory and per-operator time.
+    """
+    streams = bundle.manifest.model.contract.streams
+    timed = _stream_times if streams else _whole_times
+    rows = timed(bundle, others, corpus, setup, sizes, progress, threads)
+    progress.stage("memory and operators")
+    rows.append(
+        measure_memory(
+            bundle.path,
+            setup=setup,
+            weights_bytes=bundle.bytes_of_weights,
+            state_bytes=bundle.bytes_of_state(),
+        )
+    )
+    forms = [(min(50, sizes.steps), 1), (3, sizes.prefill[0])] if streams else [(5, sizes.prefill[0])]
+    rows += [
+        profile_ops(
+            bundle.path, corpus.tokens, setup=setup, steps=steps, tokens_per_call=count, threads=threads
+        )
+        for steps, count in forms
+    ]
+    if streams:
+        rows.append(measure_bandwidth(_bytes_per_token(bundle.manifest), setup=setup, repeats=5))
+    return rows
+
+
+def _stream_times(
+    bundle: Bundle,
+    others: Mapping[str, Runner],
+    corpus: Corpus,
+    setup: Setup,
+    sizes: Sizes,
+    progress: Progress,
+    threads: int,
+) -> list[Record]:
+    """Steps and prefill of a bundle, and of the others, with steps in turns."""
     runner = bundle.stream(threads=threads)
     tokens = corpus.tokens
     rows: list[Record] = [
@@ -159,22 +210,45 @@ def speed(
                 runner, other, tokens, setup=setup, other_name=name, rounds=12, steps=5, progress=progress
             )
         )
-    progress.stage("memory and operators")
-    rows.append(
-        measure_memory(
-            bundle.path,
+    return rows
+
+
+def _whole_times(
+    bundle: Bundle,
+    others: Mapping[str, Runner],
+    corpus: Corpus,
+    setup: Setup,
+    sizes: Sizes,
+    progress: Progress,
+    threads: int,
+) -> list[Record]:
+    """Whole sequences of several lengths, of a bundle and of the others; one length in turns."""
+    runner, values = bundle.stream(threads=threads), corpus.tokens
+    lengths = (max(sizes.prefill[0] // 4, 1), *sizes.prefill)
+    rows: list[Record] = [
+        measure_passes(
+            runner,
+            values,
             setup=setup,
-            weights_bytes=bundle.bytes_of_weights,
-            state_bytes=bundle.bytes_of_state(),
+            lengths=lengths,
+            open_runner=lambda: Bundle(bundle.path, bundle.manifest).stream(threads=threads),
+            progress=progress,
         )
-    )
-    rows += [
-        profile_ops(bundle.path, tokens, setup=setup, steps=min(50, sizes.steps), threads=threads),
-        profile_ops(
-            bundle.path, tokens, setup=setup, steps=3, tokens_per_call=sizes.prefill[0], threads=threads
-        ),
     ]
-    rows.append(measure_bandwidth(_bytes_per_token(bundle.manifest), setup=setup, repeats=5))
+    for name, other in others.items():
+        brief = msgspec.structs.replace(setup, runner=name)
+        rows += [
+            measure_passes(other, values, setup=brief, lengths=lengths[-1:], repeats=3, progress=progress),
+            paired_passes(
+                runner,
+                other,
+                values,
+                setup=setup,
+                other_name=name,
+                length=lengths[-1],
+                progress=progress,
+            ),
+        ]
     return rows
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from xexport.core.errors import InputError
+from xexport.core.errors import FormError, InputError
 from xexport.core.progress import Progress, Silent
 from xexport.core.records import Setup, Together, Turns
 from xexport.core.runner import Runner
-from xexport.evaluate.latency import TokenSource, quiet, time_prefill_once, time_steps, walk_to
+from xexport.evaluate.latency import Source, quiet, time_prefill_once, time_steps, walk_to
 
 __all__ = ["Rival", "default_positions", "measure_together"]
 
@@ -67,7 +67,8 @@ def measure_together(
         positions: where in the stream steps are timed. The way there is fed in chunks, so that a
             cache is as full as it would be. A position that a bounded runner can't reach, with the
             rounds after it, is left out for that runner alone.
-        prefill, prefill_rounds: lengths of calls on an empty state, and rounds of each.
+        prefill, prefill_rounds: lengths of calls on an empty state (or of whole sequences), and rounds of
+            each; left out for a runner that can't be given such a length.
         rounds, steps: rounds at each position, and single-token calls of a runner in each.
 
     Returns:
@@ -75,17 +76,22 @@ def measure_together(
 
     Raises:
         InputError: fewer than two rivals, different batch sizes, or a position that none can reach.
+        FormError: models of both forms, or with different inputs.
     """
     if len(rivals) < 2:
         raise InputError("a comparison needs at least two bundles", got=len(rivals))
     batches = {r.runner.batch for r in rivals.values()}
     if len(batches) > 1:
         raise InputError("runners of different batch sizes can't be compared", got=sorted(batches))
+    streams = _check_alike(rivals)
     places = sorted(set(positions))
-    _check_reach(rivals, places, _room(rounds, steps))
+    if streams:
+        _check_reach(rivals, places, _room(rounds, steps))
+    elif places:
+        next(iter(rivals.values())).runner.contract.require_state("be timed at a position of a stream")
     progress = progress or Silent()
     progress.stage(f"timing {len(rivals)} bundles in turns", len(places) + len(prefill))
-    sources = {name: TokenSource(r.tokens, r.runner.batch) for name, r in rivals.items()}
+    sources = {name: Source(r.tokens, r.runner) for name, r in rivals.items()}
     found: dict[str, tuple[list[Turns], list[Turns]]] = {name: ([], []) for name in rivals}
     for each in rivals.values():
         each.runner.reset()
@@ -95,7 +101,7 @@ def measure_together(
             found[name][0].append(Turns(place, rows))
         progress.advance()
     for length in sorted(set(prefill)):
-        able = [n for n, r in rivals.items() if _reaches(r.runner, length)]
+        able = [n for n, r in rivals.items() if r.runner.contract.allows(length)]
         for name, rows in _prefills(rivals, able, sources, length, prefill_rounds).items():
             found[name][1].append(Turns(length, rows))
         progress.advance()
@@ -111,7 +117,7 @@ def measure_together(
 def _steps_at(
     rivals: Mapping[str, Rival],
     able: Sequence[str],
-    sources: Mapping[str, TokenSource],
+    sources: Mapping[str, Source],
     place: int,
     rounds: int,
     steps: int,
@@ -134,7 +140,7 @@ def _steps_at(
 def _prefills(
     rivals: Mapping[str, Rival],
     able: Sequence[str],
-    sources: Mapping[str, TokenSource],
+    sources: Mapping[str, Source],
     length: int,
     rounds: int,
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -164,6 +170,20 @@ def _round_down(place: int) -> int:
 
 def _reaches(runner: Runner, end: int) -> bool:
     return runner.max_tokens is None or end <= runner.max_tokens
+
+
+def _check_alike(rivals: Mapping[str, Rival]) -> bool:
+    """Whether they stream; refuses models whose times would not be of the same thing."""
+    contracts = {n: r.runner.contract for n, r in rivals.items()}
+    kinds = {n: (c.form, c.inputs.kind, c.inputs.multiple) for n, c in contracts.items()}
+    if len(set(kinds.values())) > 1:
+        raise FormError(
+            "these models can't be timed against each other",
+            got="; ".join(f"{n}: {form} form, {kind}" for n, (form, kind, _) in kinds.items()),
+            allowed="models of one form that read the same kind of input, as much of it at a time",
+            fix="compare them in two groups",
+        )
+    return next(iter(contracts.values())).streams
 
 
 def _check_reach(rivals: Mapping[str, Rival], places: Sequence[int], room: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from xexport.core.contract import Contract
 from xexport.core.manifest import FileEntry, GraphTensor, Lowering
 from xexport.core.progress import Progress
 from xexport.core.state import StateSpec
@@ -36,6 +37,7 @@ def build_graph(
     *,
     opset: int,
     source: str,
+    contract: Contract | None = None,
     progress: Progress,
 ) -> ir.Model:
     """Check the weights, trace the skeleton, bind the weights lazily and run every pass.
@@ -47,7 +49,7 @@ def build_graph(
     progress.stage("check weights")
     check_tensors(skeleton, tensors, source)
     progress.stage("trace")
-    model = trace(skeleton, specs, opset=opset)
+    model = trace(skeleton, specs, opset=opset, contract=contract)
     bind(model, tensors)
     progress.stage("optimise the graph")
     optimize(model)

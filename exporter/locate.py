@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import torch
 
+from xexport.core.contract import TOKENS, InputSpec
 from xexport.core.state import StateSpec, zero_state
 
 __all__ = ["locate"]
@@ -25,11 +26,17 @@ _TOLERANCE = 1e-3
 
 
 def locate(
-    module: torch.nn.Module, specs: Sequence[StateSpec], graph: Path, batch: int, length: int, vocab: int
+    module: torch.nn.Module,
+    specs: Sequence[StateSpec],
+    graph: Path,
+    batch: int,
+    length: int,
+    vocab: int,
+    inputs: InputSpec = TOKENS,
 ) -> str:
     """A sentence that names the layer, and the custom operators in it."""
     rng = np.random.default_rng(batch * 1000 + length)
-    tokens = rng.integers(0, vocab, (batch, length), dtype=np.int64)
+    tokens = inputs.random(rng, batch, length, vocab)
     state = zero_state(specs, batch)
     wanted = _module_outputs(module, tokens, state)
     values, operators = _graph_values(graph, tokens, state)
@@ -44,6 +51,8 @@ def locate(
             path, child = path.rpartition(".")[::2]
             return f"the two first part in {_layer(path, operators)} before its part {child!r}"
         return f"the two first part in {_layer(path, operators)}, error {error:.2e}"
+    if not state:
+        return "every layer that could be compared agrees on another input"
     return "every layer that could be compared agrees from a fresh state: the fault is in a state tensor"
 
 

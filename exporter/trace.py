@@ -1,4 +1,4 @@
-"""Tracing a module in the chunk form into one graph with dynamic batch and length.
+"""Tracing a module into one graph with dynamic batch and length.
 
 The module may live on the meta device: then no weight is ever allocated, and the initializers are
 bound to the checkpoint's own memory-mapped tensors afterwards (weights.py).
@@ -15,13 +15,13 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
+from xexport.core.contract import Contract, contract_of
 from xexport.core.errors import ExportError, XexportError
 from xexport.core.state import StateSpec, check_state_specs, state_shape
 from xexport.exporter.translate import translation_table
 
-__all__ = ["LOGITS", "TOKENS", "output_name", "trace"]
+__all__ = ["LOGITS", "output_name", "trace"]
 
-TOKENS = "tokens"
 LOGITS = "logits"
 _MAX_OPSET, _MAX_IR = 25, 10
 #: the example: sizes that differ from one another and from 1, so that nothing is specialised away
@@ -39,37 +39,52 @@ def output_name(state_name: str) -> str:
     return f"{state_name}.out"
 
 
-def trace(module: torch.nn.Module, specs: Sequence[StateSpec], *, opset: int) -> ir.Model:
+def trace(
+    module: torch.nn.Module,
+    specs: Sequence[StateSpec],
+    *,
+    opset: int,
+    contract: Contract | None = None,
+) -> ir.Model:
     """The module's graph, unoptimised, with the initializers still the module's parameters.
 
-    Graph inputs are ``tokens`` [B,T] and the state names; outputs ``logits`` [B,T,V] and
-    ``<state>.out``. Custom operators stay single nodes.
+    Graph inputs are ``tokens`` [B,T], or the features that the contract names, and the state names;
+    outputs ``logits`` [B,T,V] and ``<state>.out``. Custom operators stay single nodes. T is static if the
+    contract has a fixed length.
+
+    Args:
+        contract: what the module takes; by default what it says itself.
 
     Raises:
         ExportError: the module can't be traced with a dynamic batch and length, or the result is
             not of the opset that was asked for.
     """
-    check_state_specs(specs)
+    contract = contract or contract_of(module)
+    check_state_specs(specs, contract.inputs.name)
     if opset > _MAX_OPSET:
         raise ExportError("this opset can't be written", got=opset, allowed=f"up to {_MAX_OPSET}")
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     with torch.device(device):
-        tokens = torch.zeros(_BATCH, _LENGTH, dtype=torch.long)
+        length = contract.nearest(_LENGTH * contract.inputs.multiple)
+        inputs = torch.zeros(
+            contract.inputs.shape(_BATCH, length), dtype=getattr(torch, contract.inputs.dtype)
+        )
         state = tuple(torch.zeros(state_shape(s, _BATCH), dtype=getattr(torch, s.dtype)) for s in specs)
     batch: list[dict[int, Any]] = [{i: "B" for i, d in enumerate(s.shape) if d == "B"} for s in specs]
-    dynamic = ({0: "B", 1: "T"}, tuple(batch))
+    first = {0: "B"} if contract.fixed_length is not None else {0: "B", 1: "T"}
+    dynamic: tuple[Any, ...] = (first, tuple(batch)) if specs else (first,)
     names = [s.name for s in specs]
     was_training = module.training
     module.eval()
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                _capture(_Positional(module), (tokens, *state), dynamic),
+                _capture(_Positional(module), (inputs, *state), dynamic),
                 dynamo=True,
                 custom_translation_table=translation_table(),
                 opset_version=opset,
                 dynamic_shapes=dynamic,
-                input_names=[TOKENS, *names],
+                input_names=[contract.inputs.name, *names],
                 output_names=[LOGITS, *map(output_name, names)],
                 optimize=False,
                 verbose=False,
@@ -80,18 +95,25 @@ def trace(module: torch.nn.Module, specs: Sequence[StateSpec], *, opset: int) ->
         raise ExportError(
             "torch.onnx could not trace this module with a dynamic batch and length",
             got=_root_cause(error),
-            fix="the forward must take (tokens [B,T], *state) and may not branch or loop on B or T",
+            fix=f"the forward must take ({_arguments(contract)}) and may not branch or loop on B or T",
         ) from error
     finally:
         module.train(was_training)
     assert program is not None
     model = program.model
-    _check_signature(model, specs)
+    _check_signature(model, specs, contract)
     _check_versions(model, opset)
     for name in list(model.graph.initializers):
         if name.startswith("module."):
             _rename_initializer(model, name, name.removeprefix("module."))
     return model
+
+
+def _arguments(contract: Contract) -> str:
+    """The arguments of forward as an error names them."""
+    spec = contract.inputs
+    shape = f"[B,T,{spec.width}]" if spec.width else "[B,T]"
+    return f"{spec.name} {shape}, *state" if contract.streams else f"{spec.name} {shape}"
 
 
 class _Positional(torch.nn.Module):
@@ -149,7 +171,7 @@ def _needs_decomposition(program: torch.export.ExportedProgram, table: dict[Any,
     return False
 
 
-def _check_signature(model: ir.Model, specs: Sequence[StateSpec]) -> None:
+def _check_signature(model: ir.Model, specs: Sequence[StateSpec], contract: Contract) -> None:
     """Every input and output must be there, with the state's shape unchanged and B and T dynamic."""
     graph = model.graph
     if len(graph.inputs) != 1 + len(specs) or len(graph.outputs) != 1 + len(specs):
@@ -169,7 +191,12 @@ def _check_signature(model: ir.Model, specs: Sequence[StateSpec]) -> None:
                 fix="the chunk form's state must keep its shape for every T",
             )
     logits = graph.outputs[0].shape
-    if logits is not None and [str(d) for d in logits][:2] != ["B", "T"]:
+    if logits is None:
+        return
+    got = [str(d) for d in logits]
+    # of features there may be fewer positions than frames, by a rule that is the model's own
+    known = ["B", str(contract.fixed_length or "T")] if not contract.inputs.width else ["B"]
+    if len(got) != 3 or got[: len(known)] != known:
         raise ExportError("the first output must be logits [B,T,V]", got=logits)
 
 

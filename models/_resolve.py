@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from xexport.core.checkpoint import RawCheckpoint, open_checkpoint
+from xexport.core.contract import CHUNKS_OF_TOKENS, Contract, contract_of
 from xexport.core.errors import CheckpointError, InputError, unknown_name
 from xexport.core.family import Family, LoadedModel
 from xexport.core.registry import family_aliases, family_names, find_family, get_family
@@ -29,7 +30,8 @@ class Source:
     Attributes:
         skeleton: the module to trace; of a family, on the meta device (it holds no weights).
         tensors: parameter and buffer name -> stored tensor, possibly memory-mapped, of any dtype.
-        specs: its state.
+        specs: its state; empty in the whole form.
+        contract: its form and what it reads.
         roles: (glob, role) rows for quantization.
         random: the weights were never trained.
         path: the checkpoint's file or folder, if there is one.
@@ -45,15 +47,11 @@ class Source:
     roles: tuple[tuple[str, str], ...]
     tokenizer: str | None
     origin: str
+    contract: Contract = CHUNKS_OF_TOKENS
     notes: tuple[str, ...] = ()
     random: bool = False
     path: Path | None = None
     recognised: str = ""
-
-    @property
-    def max_tokens(self) -> int | None:
-        limit: int | None = getattr(self.skeleton, "max_tokens", None)
-        return limit
 
     @property
     def parameters(self) -> int:
@@ -176,18 +174,21 @@ def _read(family: Family, raw: RawCheckpoint) -> Source:
 
 
 def from_module(module: torch.nn.Module, name: str | None = None) -> Source:
-    """A user's own module in the chunk form.
+    """A user's own module in the chunk form, or with ``form = "whole"``.
 
     Raises:
-        InputError: it has no ``state_spec()``.
+        InputError: it is in the chunk form and has no ``state_spec()``, or says something impossible of
+            itself.
     """
     state_spec = getattr(module, "state_spec", None)
-    if not callable(state_spec):
+    contract = contract_of(module)
+    if contract.streams and not callable(state_spec):
         raise InputError(
             "the module has no state_spec()",
             got=type(module).__name__,
             fix="give it a state_spec() that returns one xexport.StateSpec a state tensor, and a "
-            "forward(tokens [B,T], *state) -> (logits [B,T,V], *new_state)",
+            "forward(tokens [B,T], *state) -> (logits [B,T,V], *new_state); if it is not causal, "
+            'form = "whole" and a forward(tokens [B,T]) -> (logits,)',
         )
     roles = getattr(module, "tensor_roles", None)
     rows = tuple(dict(roles()).items()) if callable(roles) else ()
@@ -198,9 +199,10 @@ def from_module(module: torch.nn.Module, name: str | None = None) -> Source:
         config={},
         skeleton=module.eval(),
         tensors={k: v.detach() for k, v in module.state_dict().items()},
-        specs=tuple(_specs(state_spec())),
+        specs=tuple(_specs(state_spec())) if callable(state_spec) else (),
         roles=rows,
         tokenizer=None,
+        contract=contract,
         origin=f"module {type(module).__module__}.{type(module).__qualname__}",
     )
 
@@ -255,16 +257,19 @@ def _from_loaded(family: Family, loaded: LoadedModel, origin: str) -> Source:
             got=", ".join(sorted(set(loaded.tensors) - set(skeleton.state_dict()))[:4]),
             fix="this is a fault of the family's loader: please report it",
         )
-    vocab = getattr(skeleton, "vocab_size", None)
+    contract = contract_of(skeleton, family.form)
+    reads_bytes = contract.inputs.kind == "tokens" and getattr(skeleton, "vocab_size", None) == 256
+    states = getattr(skeleton, "state_spec", None)
     return Source(
         family=family.name,
         title=family.title,
         config=dataclasses.asdict(loaded.config),
         skeleton=skeleton,
         tensors=loaded.tensors,
-        specs=tuple(skeleton.state_spec()),  # type: ignore[operator]
+        specs=tuple(_specs(states())) if callable(states) else (),
         roles=family.roles,
-        tokenizer=loaded.tokenizer or ("bytes" if vocab == 256 else None),
+        tokenizer=loaded.tokenizer or ("bytes" if reads_bytes else None),
         origin=origin,
+        contract=contract,
         notes=loaded.notes,
     )

@@ -120,12 +120,13 @@ def _fidelity(records: Sequence[Record], bundle: Fidelity | None) -> dict[str, A
     if bundle:
         lost, error = bundle.bits_lost
         base = columns["torch"][0]
+        cost = {
+            "value": number(lost),
+            "se": number(error),
+            "percent": number(100 * lost / base) if base else None,
+        }
         row |= {
-            "bits_lost": {
-                "value": number(lost),
-                "se": number(error),
-                "percent": number(100 * lost / base) if base else None,
-            },
+            "bits_lost": cost if bundle.scored else None,
             "kl": {
                 "mean": number(bundle.kl_mean),
                 "median": number(bundle.kl_percentile(50)),

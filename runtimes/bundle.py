@@ -110,7 +110,7 @@ class Bundle:
         return engine
 
     def stream(self, batch: int = 1, *, threads: int = 0, runtime: str | None = None) -> Stream:
-        """A new stream at its first token.
+        """A new stream at its first token; of a whole-form model, what is fed whole sequences.
 
         Args:
             batch: parallel sequences.
@@ -130,7 +130,7 @@ class Bundle:
             self.state_specs(),
             vocab_size=model.vocab_size,
             batch=batch,
-            max_tokens=model.max_tokens,
+            contract=model.contract,
             fingerprint=self.fingerprint,
             tokenizer=self.tokenizer(),
         )

@@ -17,8 +17,8 @@ class Cell(Protocol):
 
     keeps: bool
 
-    def run(self, ids: Any, keep: int = 0) -> Any:
-        """Run checked int64 ids ``[B,T]`` and return new float32 logits.
+    def run(self, inputs: Any, keep: int = 0) -> Any:
+        """Run checked int64 ids ``[B,T]`` or float32 features ``[B,T,F]`` and return new float32 logits.
 
         ``keep`` n returns the last n positions, ``[B,min(n,T),V]``; 0 all T. The state moves on only
         if the run succeeds.

@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from xexport.core.errors import BundleError, RuntimeFailure
 from xexport.core.manifest import KEEP_INPUT, Manifest, safe_path
-from xexport.runtimes.inputs import Ids
+from xexport.runtimes.inputs import Inputs
 from xexport.runtimes.native import NativeKernels, find_native
 from xexport.runtimes.state_buffers import StateBuffers, aligned, check_appended
 
-__all__ = ["OrtCell", "OrtEngine", "open_engine", "unavailable"]
+__all__ = ["OrtCell", "OrtEngine", "WholeCell", "open_engine", "unavailable"]
 
 Array = npt.NDArray[Any]
 _OLDEST = (1, 23)  # the first with every operator of opset 23; 1.22.1 refuses the graph
@@ -109,8 +109,10 @@ class OrtEngine:
     native: NativeKernels
     load_seconds: float
 
-    def cell(self, batch: int) -> OrtCell:
+    def cell(self, batch: int) -> OrtCell | WholeCell:
         """State buffers and bindings for ``batch`` parallel sequences."""
+        if not self.manifest.model.contract.streams:
+            return WholeCell(self.session, self.manifest)
         return OrtCell(self.session, self.manifest, batch, self.in_place())
 
     def in_place(self) -> frozenset[str]:
@@ -143,28 +145,32 @@ class OrtCell:
         self._session = session
         self._state = manifest.state
         self._vocab = manifest.model.vocab_size
+        self._contract = manifest.model.contract
+        spec = self._contract.inputs
+        self._input, self._unit = spec.name, spec.multiple
         self.buffers = StateBuffers(manifest.state, batch, in_place)
         self._values = tuple({n: _share(a) for n, a in each.items()} for each in self.buffers.sets)
-        self._ids = aligned((batch, 1), "int64")
+        self._inputs = aligned(spec.shape(batch, self._unit), spec.dtype)
         self._logits = aligned((batch, 1, self._vocab), "float32")
         self._step = self._binding_pair()
         for binding in self._step:
-            self._bind_tokens(binding, self._ids, self._logits, 1)
+            self._bind(binding, self._inputs, self._logits, 1)
         self._chunk: tuple[Any, Any] | None = None
 
-    def run(self, ids: Ids, keep: int = 0) -> npt.NDArray[np.float32]:
-        """Run ``ids [B,T]``; the state moves on only if ORT succeeds."""
-        batch, length = ids.shape
-        if length == 1:
-            self._ids[...] = ids
+    def run(self, inputs: Inputs, keep: int = 0) -> npt.NDArray[np.float32]:
+        """Run ids ``[B,T]`` or features ``[B,T,F]``; the state moves on only if ORT succeeds."""
+        batch, length = inputs.shape[:2]
+        if length == self._unit:
+            self._inputs[...] = inputs
             self._execute(self._step)
             return self._logits.copy()
         if self._chunk is None:
             self._chunk = self._binding_pair()
-        wanted = min(keep or length, length)
-        computed = wanted if self.keeps else length
+        positions = self._contract.positions(length)
+        wanted = min(keep or positions, positions)
+        computed = wanted if self.keeps else positions
         logits = np.empty((batch, computed, self._vocab), np.float32)
-        self._bind_tokens(self._chunk[self.buffers.side], ids, logits, computed)
+        self._bind(self._chunk[self.buffers.side], inputs, logits, computed)
         self._execute(self._chunk)
         return logits if computed == wanted else logits[:, -wanted:].copy()
 
@@ -185,11 +191,7 @@ class OrtCell:
             self._session.run_with_iobinding(pair[self.buffers.side])
         except Exception as error:  # ORT's exception classes share no public base
             self.buffers.undo()
-            raise RuntimeFailure(
-                "ONNX Runtime failed to run the graph",
-                got=_first_line(error),
-                fix="feed shorter chunks if memory ran out; else run `xexport validate` on the bundle",
-            ) from error
+            raise _failed(error) from error
         self.buffers.commit()
 
     def _binding_pair(self) -> tuple[Any, Any]:
@@ -203,11 +205,48 @@ class OrtCell:
             binding.bind_ortvalue_output(s.output, self._values[side ^ 1][s.name])
         return binding
 
-    def _bind_tokens(self, binding: Any, ids: Ids, logits: npt.NDArray[np.float32], keep: int) -> None:
-        binding.bind_ortvalue_input("tokens", _share(ids))
+    def _bind(self, binding: Any, inputs: Inputs, logits: npt.NDArray[np.float32], keep: int) -> None:
+        binding.bind_ortvalue_input(self._input, _share(inputs))
         binding.bind_ortvalue_output("logits", _share(logits))
         if self.keeps:
             binding.bind_ortvalue_input(KEEP_INPUT, _share(np.array([keep], np.int64)))
+
+
+class WholeCell:
+    """Whole sequences through a graph without a state; the same interface as :class:`OrtCell`."""
+
+    keeps = False
+
+    def __init__(self, session: Any, manifest: Manifest) -> None:
+        self._session = session
+        self._input = manifest.model.input.name
+
+    def run(self, inputs: Inputs, keep: int = 0) -> npt.NDArray[np.float32]:
+        """Run ids ``[B,T]`` or features ``[B,T,F]``; of how many positions the logits are, the graph says."""
+        try:
+            (logits,) = self._session.run(None, {self._input: inputs})
+        except Exception as error:  # ORT's exception classes share no public base
+            raise _failed(error) from error
+        found: npt.NDArray[np.float32] = logits
+        return found[:, -keep:].copy() if keep else found
+
+    def read(self) -> dict[str, Array]:
+        """No state."""
+        return {}
+
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+    def write(self, tensors: Mapping[str, Array]) -> None:
+        """Nothing to overwrite."""
+
+
+def _failed(error: Exception) -> RuntimeFailure:
+    return RuntimeFailure(
+        "ONNX Runtime failed to run the graph",
+        got=_first_line(error),
+        fix="feed shorter chunks if memory ran out; else run `xexport validate` on the bundle",
+    )
 
 
 def _share(array: Array) -> Any:

@@ -1,6 +1,7 @@
-"""A stream: tokens in, logits out, the state stays inside.
+"""A stream: tokens or features in, logits out, the state stays inside.
 
-The chunk law makes every way of feeding the same text equal: at once, in chunks, token by token.
+The chunk law makes every way of feeding the same text equal: at once, in chunks, token by token. A model in
+the whole-sequence form has no state: there every call is one whole sequence.
 A stream is fed by one thread at a time; many streams may share the weights of one bundle.
 """
 
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from xexport.core.contract import Contract
 from xexport.core.errors import InputError, RuntimeFailure
 from xexport.core.state import StateSpec, state_shape
-from xexport.runtimes.inputs import check_limit, check_tokens
+from xexport.runtimes.inputs import check_limit, checker
 from xexport.runtimes.saved import SavedState
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ __all__ = ["SavedState", "Stream"]
 
 
 class Stream:
-    """A causal model with its state, as the protocol ``core.runner.Runner`` asks.
+    """A model with its state, as the protocol ``core.runner.Runner`` asks.
 
     Made by :meth:`Bundle.stream`; the arguments are for runtimes.
 
@@ -36,13 +38,14 @@ class Stream:
         specs: the state tensors.
         vocab_size: V.
         batch: B parallel sequences, all of the same length.
-        max_tokens: the longest stream the state can hold, or None.
+        contract: its form and input, with the longest stream the state can hold.
         fingerprint: names the graph and weights; a state of another fingerprint is refused.
         tokenizer: for :meth:`generate`.
 
     Attributes:
-        vocab_size, batch, max_tokens: as above.
-        position: tokens fed since the last reset.
+        vocab_size, batch, contract: as above.
+        max_tokens: the longest stream (or whole sequence), or None.
+        position: tokens fed since the last reset; stays 0 in the whole form.
         keeps: whether ``feed(..., keep=n)`` saves work.
         tokenizer: as above.
     """
@@ -54,13 +57,14 @@ class Stream:
         *,
         vocab_size: int,
         batch: int,
-        max_tokens: int | None,
+        contract: Contract,
         fingerprint: str,
         tokenizer: Tokenizer,
     ) -> None:
+        self.contract = contract
         self.vocab_size = vocab_size
         self.batch = batch
-        self.max_tokens = max_tokens
+        self.max_tokens = contract.max_tokens
         self.position = 0
         self.keeps = cell.keeps
         self.tokenizer = tokenizer
@@ -68,35 +72,45 @@ class Stream:
         self._specs = tuple(specs)
         self._fingerprint = fingerprint
         self._busy = threading.Lock()
+        self._check = checker(contract, batch, vocab_size)
+        self._carries = contract.streams
         self.reset()
 
     def feed(self, tokens: Sequence[int] | Any, keep: int = 0) -> npt.NDArray[np.float32]:
-        """Feed tokens and return the logits after each of them, or after the last ones.
+        """Feed tokens (or features) and return the logits after each of them, or after the last ones.
+
+        In the whole form one call is one whole sequence, and the logits are of all its positions.
 
         Args:
-            tokens: ids ``[B,T]``, or ``[T]`` when B is 1; lists or integer arrays.
+            tokens: ids ``[B,T]``, or ``[T]`` when B is 1; lists or integer arrays. A model of features
+                takes numbers ``[B,T,F]``, or ``[T,F]``.
             keep: return the logits of this many last positions; 0 returns all. After a prompt only
                 the last (``keep=1``) is needed, and the others cost a large vocabulary's product each.
 
         Returns:
-            float32 ``[B,T,V]``, or ``[B,min(keep,T),V]``; the caller's own.
+            float32 ``[B,T,V]``, or ``[B,min(keep,T),V]``; the caller's own. A model that takes n frames
+            to a position returns T/n of them.
 
         Raises:
-            InputError: no tokens, a wrong shape or type, an id out of range, a negative ``keep``.
+            InputError: no tokens, a wrong shape or type, an id out of range, a feature that is not
+                finite, a length that the model can't take, a negative ``keep``.
             LimitError: beyond ``max_tokens``; the state is as before.
             RuntimeFailure: the runtime failed (the state is as before), or another thread is
                 feeding this stream.
         """
-        ids = check_tokens(tokens, self.batch, self.vocab_size)
+        inputs = self._check(tokens)
         if keep < 0:
             raise InputError("bad number of positions to keep", got=keep, allowed="0 (all), or 1 or more")
         if not self._busy.acquire(blocking=False):
             raise RuntimeFailure("another thread is feeding this stream", fix="open one stream per thread")
         try:
-            count = ids.shape[1]
+            if not self._carries:
+                whole: npt.NDArray[np.float32] = self._cell.run(inputs, keep)
+                return whole
+            count = inputs.shape[1]
             if self.max_tokens is not None:
-                check_limit(self.position, count, self.max_tokens)
-            logits: npt.NDArray[np.float32] = self._cell.run(ids, keep)
+                check_limit(self.position, count, self.max_tokens, self.contract.inputs.unit)
+            logits: npt.NDArray[np.float32] = self._cell.run(inputs, keep)
             self.position += count
             return logits
         finally:
@@ -112,7 +126,12 @@ class Stream:
         return self._cell.read()
 
     def save(self) -> SavedState:
-        """A copy of the state and position; see :class:`SavedState` for keeping it in a file."""
+        """A copy of the state and position; see :class:`SavedState` for keeping it in a file.
+
+        Raises:
+            FormError: the model has the whole-sequence form only: there is no state.
+        """
+        self.contract.require_state("save its state")
         return SavedState(self._fingerprint, self.batch, self.position, self._cell.read())
 
     def restore(self, saved: SavedState) -> None:
@@ -120,7 +139,9 @@ class Stream:
 
         Raises:
             InputError: it is of another model, batch size or layout; the stream is as before.
+            FormError: the model has the whole-sequence form only: there is no state.
         """
+        self.contract.require_state("restore a state")
         self._check_fits(saved)
         self._cell.write(saved.tensors)
         self.position = saved.position
@@ -150,9 +171,11 @@ class Stream:
             stop: end before any of these strings, or at any of these ids.
 
         Raises:
+            FormError: the model has the whole-sequence form only, or reads features.
             InputError: batch is not 1, an empty prompt, an argument out of range.
             LimitError: while iterating, at ``max_tokens`` of the model.
         """
+        self.contract.require_generation()
         from xexport.runtimes.generate import Generation
         from xexport.runtimes.sampling import Sampler
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from xexport.core.contract import Contract, contract_of
 from xexport.core.errors import RuntimeFailure
 from xexport.core.extras import require
 from xexport.core.state import StateSpec, check_state_specs, zero_state
-from xexport.runtimes.inputs import Ids
+from xexport.runtimes.inputs import Inputs, checker
 from xexport.runtimes.stream import Stream
 from xexport.runtimes.tokenizers import NoTokenizer, Tokenizer
 
@@ -23,19 +24,21 @@ __all__ = ["TorchCell", "TorchStream"]
 
 
 class TorchStream(Stream):
-    """An nn.Module in the chunk form, fed and saved as a bundle's stream is.
+    """An nn.Module in the chunk form or the whole form, fed and saved as a bundle's stream is.
 
     The module is put in eval mode and runs eagerly under ``torch.inference_mode``.
 
     Args:
         module: ``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)`` with
-            ``state_spec()``; ``vocab_size`` and ``max_tokens`` are read if it has them.
+            ``state_spec()``; ``vocab_size`` and what :func:`xexport.core.contract.contract_of` reads
+            are used if it has them.
         batch: B.
         name: for messages and reports.
         tokenizer: for :meth:`generate`.
         head: path of the ``nn.Linear`` that makes the logits position by position: with it,
             ``feed(..., keep=n)`` gives it the last n positions alone, which is what a careful user of
             PyTorch would write. Without, every position is computed.
+        contract: its form and input; by default what the module says itself.
 
     Raises:
         RuntimeFailure: the module's outputs aren't logits and one tensor a state.
@@ -49,10 +52,12 @@ class TorchStream(Stream):
         *,
         tokenizer: Tokenizer | None = None,
         head: str | None = None,
+        contract: Contract | None = None,
     ) -> None:
         require("torch", extra="export", why="to run a PyTorch module")
-        specs = tuple(module.state_spec())
-        check_state_specs(specs)
+        contract = contract or contract_of(module)
+        specs = tuple(module.state_spec()) if contract.streams else ()
+        check_state_specs(specs, contract.inputs.name)
         cell = TorchCell(module, specs, batch, head)
         vocab = getattr(module, "vocab_size", None)
         super().__init__(
@@ -60,14 +65,17 @@ class TorchStream(Stream):
             specs,
             vocab_size=int(vocab or 1),
             batch=batch,
-            max_tokens=getattr(module, "max_tokens", None),
+            contract=contract,
             fingerprint=f"{name}:{id(module)}",
             tokenizer=tokenizer or NoTokenizer(),
         )
         self.name = name
         self._module = module  # kept alive: the fingerprint is its identity
         if vocab is None:
-            self.vocab_size = int(self.feed(np.zeros((batch, 1), np.int64)).shape[-1])
+            spec = contract.inputs
+            first = spec.random(np.random.default_rng(0), batch, contract.nearest(1), self.vocab_size)
+            self.vocab_size = int(self.feed(first).shape[-1])
+            self._check = checker(contract, batch, self.vocab_size)
             self.reset()
 
 
@@ -84,19 +92,20 @@ class TorchCell:
         self._head = None if head is None else self._module.get_submodule(head)
         self.keeps = head is not None
 
-    def run(self, ids: Ids, keep: int = 0) -> npt.NDArray[np.float32]:
-        """Run ``ids [B,T]``."""
+    def run(self, inputs: Inputs, keep: int = 0) -> npt.NDArray[np.float32]:
+        """Run ids ``[B,T]`` or features ``[B,T,F]``."""
         import torch
 
-        length = ids.shape[1]
+        length = inputs.shape[1]
         wanted = min(keep or length, length)
         cut = self._only_last(wanted) if wanted < length else nullcontext()
         with torch.inference_mode(), cut:
-            outputs = self._module(torch.from_numpy(ids if ids.flags.writeable else ids.copy()), *self._state)
+            given = torch.from_numpy(inputs if inputs.flags.writeable else inputs.copy())
+            outputs = self._module(given, *self._state)
             if not isinstance(outputs, tuple | list) or len(outputs) != 1 + len(self._names):
                 count = len(outputs) if isinstance(outputs, tuple | list) else type(outputs).__name__
                 raise RuntimeFailure(
-                    "the module isn't in the chunk form",
+                    f"the module isn't in the {'chunk' if self._names else 'whole'} form",
                     got=f"{count} outputs",
                     allowed=f"logits and {len(self._names)} state tensors",
                 )

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xexport.core.contract import Contract
+
 ToyMaker = Callable[..., Path]
 
 TOY_DIM = 8
@@ -204,6 +206,7 @@ class FakeRunner:
         self.calls: list[int] = []
         self.kept: list[int] = []
         self.keeps = True
+        self.contract = Contract(max_tokens=max_tokens)
 
     def feed(self, tokens: Any, keep: int = 0) -> Any:
         import time

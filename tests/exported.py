@@ -70,10 +70,10 @@ class Exporter:
 
         real = graph.trace
 
-        def trace(module: Any, specs: Any, *, opset: int) -> Any:
-            key = type(module), repr(getattr(module, "config", id(module))), tuple(specs), opset
+        def trace(module: Any, specs: Any, *, opset: int, contract: Any = None) -> Any:
+            key = type(module), repr(getattr(module, "config", id(module))), tuple(specs), opset, contract
             if key not in self._traces:
-                self._traces[key] = real(module, specs, opset=opset)
+                self._traces[key] = real(module, specs, opset=opset, contract=contract)
             return self._traces[key].clone()
 
         with pytest.MonkeyPatch.context() as patch:

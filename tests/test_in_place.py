@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 from tolerances import TOLERANCES
 
 import xexport
+from xexport.core.contract import Contract
 from xexport.core.errors import BundleError, RuntimeFailure
 from xexport.core.manifest import Appended, StateTensor
 from xexport.core.op import DOMAIN
@@ -213,7 +214,9 @@ def test_a_failed_run_leaves_the_state_alone(native: Path, bad: list[list[int]])
         StateTensor("cache", "cache.out", "float32", ("B", 1, LENGTH), 0.0, APPENDED),
         StateTensor("position", "position.out", "int64", (1,), 0.0),
     )
-    manifest: Any = SimpleNamespace(state=state, inputs=(), model=SimpleNamespace(vocab_size=4))
+    manifest: Any = SimpleNamespace(
+        state=state, inputs=(), model=SimpleNamespace(vocab_size=4, contract=Contract())
+    )
     cell = OrtCell(session, manifest, 1, {"cache"})
     written = cell.buffers.present["cache"]
     cell.run(np.array([[1, 2, 3]]))
