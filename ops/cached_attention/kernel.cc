@@ -68,19 +68,20 @@ class CachedAttention {
     const double work = static_cast<double>(B * G * rows * (begin + T)) * static_cast<double>(K + V) / 8;
     call.parallel(B * G * pieces, work, [&](int64_t unit) {
       const int64_t piece = unit % pieces, b = unit / pieces / G, g = unit / pieces % G;
-      const AttentionHead head = {q.floats() + (b * T * heads_ + g * group) * K,
-                                  keys + (b * G + g) * L * K,
-                                  values + (b * G + g) * L * V,
-                                  out + (b * T * heads_ + g * group) * V,
-                                  heads_ * K,
-                                  heads_ * V,
-                                  group,
-                                  K,
-                                  V,
-                                  begin,
-                                  scale_};
-      loops_.run(head, piece * kAttentionRows, std::min((piece + 1) * kAttentionRows, rows),
-                 scratch(static_cast<size_t>(loops_.scratch(K, V))));
+      AttentionRows head;
+      head.size = K, head.width = V, head.scale = scale_;
+      head.scratch = scratch(static_cast<size_t>(loops_.scratch(K, V)));
+      const int64_t first = piece * kAttentionRows;
+      head.count = std::min(kAttentionRows, rows - first);
+      for (int64_t r = 0; r < head.count; ++r) {
+        const int64_t t = (first + r) / group, line = (b * T + t) * heads_ + g * group + (first + r) % group;
+        head.q[r] = q.floats() + line * K;
+        head.out[r] = out + line * V;
+        head.from[r] = 0, head.to[r] = begin + t + 1;
+      }
+      loops_.begin(head);
+      loops_.over(head, {keys + (b * G + g) * L * K, values + (b * G + g) * L * V, K, V, begin + T});
+      loops_.finish(head);
     });
   }
 

@@ -58,13 +58,18 @@ void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
   }
 }
 
-// The scores [kKeys] of a row become shares, those from `seen` on zero; `out` is scaled to the new largest score.
-XEXPORT_INLINE void share(float* scores, int64_t seen, float* out, int64_t columns, float& largest, float& sum) {
-  for (int64_t i = seen < 0 ? 0 : seen; i < kKeys; ++i) scores[i] = -__builtin_inff();
-  if (seen <= 0) {
+// The scores [kKeys] of a row become shares, those outside first .. last - 1 zero; `out` is scaled to the new
+// largest score.
+XEXPORT_INLINE void share(float* scores, int64_t first, int64_t last, float* out, int64_t columns, float& largest,
+                          float& sum) {
+  first = first > 0 ? first : 0;
+  last = last < kKeys ? last : kKeys;
+  if (first >= last) {
     std::memset(scores, 0, sizeof(float) * kKeys);
     return;
   }
+  for (int64_t i = 0; i < first; ++i) scores[i] = -__builtin_inff();
+  for (int64_t i = last; i < kKeys; ++i) scores[i] = -__builtin_inff();
   Vec top = load(scores);
   for (int64_t i = kLanes; i < kKeys; i += kLanes) {
     const Vec s = load(scores + i);
@@ -91,50 +96,79 @@ int64_t scratch_size(int64_t size, int64_t width) {
   return kAttentionRows * (size + kKeys + padded(width)) + kKeys * (size + padded(width));
 }
 
-void run(const AttentionHead& x, int64_t first, int64_t last, float* scratch) {
-  const int64_t rows = last - first, columns = padded(x.width);
-  float* q = scratch;                        // [rows, size]
-  float* scores = q + kAttentionRows * x.size;  // [rows, kKeys]
-  float* out = scores + kAttentionRows * kKeys;  // [rows, columns]
-  float* turned = out + kAttentionRows * columns;  // [size, kKeys]
-  float* values = turned + kKeys * x.size;         // [kKeys, columns], if the cache's are no whole tiles
-  float largest[kAttentionRows], sum[kAttentionRows];
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* from = x.q + (first + r) / x.group * x.q_stride + (first + r) % x.group * x.size;
-    for (int64_t i = 0; i < x.size; ++i) q[r * x.size + i] = from[i] * x.scale;
-    largest[r] = -__builtin_inff();
-    sum[r] = 0;
+// The parts of the scratch.
+struct Parts {
+  float *q, *scores, *out, *turned, *values;
+  explicit Parts(const AttentionRows& x)
+      : q(x.scratch),                                    // [rows, size]
+        scores(q + kAttentionRows * x.size),             // [rows, kKeys]
+        out(scores + kAttentionRows * kKeys),            // [rows, padded(width)]
+        turned(out + kAttentionRows * padded(x.width)),  // [size, kKeys]
+        values(turned + kKeys * x.size) {}               // [kKeys, padded(width)], if the run's are no whole tiles
+};
+
+void query(AttentionRows& x) {
+  float* q = Parts(x).q;
+  for (int64_t r = 0; r < x.count; ++r) {
+    for (int64_t i = 0; i < x.size; ++i) q[r * x.size + i] = x.q[r][i] * x.scale;
   }
-  std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows * columns));
-  const int64_t end = x.begin + (last - 1) / x.group + 1;
-  for (int64_t key = 0; key < end; key += kKeys) {
-    const int64_t count = end - key < kKeys ? end - key : kKeys;
-    if (count < kKeys) std::memset(turned, 0, sizeof(float) * static_cast<size_t>(kKeys * x.size));
-    transpose(x.keys + key * x.size, x.size, count, x.size, turned, kKeys);
-    product(q, x.size, turned, kKeys, rows, x.size, kKeys, scores, kKeys, false);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t seen = x.begin + (first + r) / x.group + 1 - key;
-      share(scores + r * kKeys, seen < kKeys ? seen : kKeys, out + r * columns, columns, largest[r], sum[r]);
+}
+
+void begin(AttentionRows& x) {
+  query(x);
+  std::memset(Parts(x).out, 0, sizeof(float) * static_cast<size_t>(x.count * padded(x.width)));
+  for (int64_t r = 0; r < x.count; ++r) {
+    x.largest[r] = -__builtin_inff();
+    x.sum[r] = 0;
+  }
+}
+
+void over(AttentionRows& x, const KeyRun& run) {
+  const Parts parts(x);
+  const int64_t columns = padded(x.width);
+  int64_t first = run.count, last = 0, top = x.count, bottom = 0;  // keys, and rows, that have to do with it
+  for (int64_t r = 0; r < x.count; ++r) {
+    if (x.from[r] >= x.to[r]) continue;
+    first = x.from[r] < first ? x.from[r] : first;
+    last = x.to[r] > last ? x.to[r] : last;
+    top = r < top ? r : top;
+    bottom = r + 1;
+  }
+  for (int64_t key = first < 0 ? 0 : first; key < last; key += kKeys) {
+    const int64_t count = last - key < kKeys ? last - key : kKeys;
+    if (count < kKeys) std::memset(parts.turned, 0, sizeof(float) * static_cast<size_t>(kKeys * x.size));
+    transpose(run.keys + key * run.key_stride, run.key_stride, count, x.size, parts.turned, kKeys);
+    product(parts.q + top * x.size, x.size, parts.turned, kKeys, bottom - top, x.size, kKeys,
+            parts.scores + top * kKeys, kKeys, false);
+    for (int64_t r = top; r < bottom; ++r) {
+      share(parts.scores + r * kKeys, x.from[r] - key, x.to[r] - key, parts.out + r * columns, columns, x.largest[r],
+            x.sum[r]);
     }
-    const float* v = x.values + key * x.width;
+    const float* v = run.values + key * run.value_stride;
+    int64_t stride = run.value_stride;
     if (columns != x.width) {
       for (int64_t i = 0; i < count; ++i) {
-        std::memset(values + i * columns, 0, sizeof(float) * static_cast<size_t>(columns));
-        std::memcpy(values + i * columns, v + i * x.width, sizeof(float) * static_cast<size_t>(x.width));
+        std::memset(parts.values + i * columns, 0, sizeof(float) * static_cast<size_t>(columns));
+        std::memcpy(parts.values + i * columns, v + i * stride, sizeof(float) * static_cast<size_t>(x.width));
       }
-      v = values;
+      v = parts.values;
+      stride = columns;
     }
-    product(scores, kKeys, v, columns, rows, count, columns, out, columns, true);
+    product(parts.scores + top * kKeys, kKeys, v, stride, bottom - top, count, columns, parts.out + top * columns,
+            columns, true);
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    float* to = x.out + (first + r) / x.group * x.out_stride + (first + r) % x.group * x.width;
-    const float share_of_one = 1 / sum[r];
-    for (int64_t i = 0; i < x.width; ++i) to[i] = out[r * columns + i] * share_of_one;
+}
+
+void finish(AttentionRows& x) {
+  const float* out = Parts(x).out;
+  for (int64_t r = 0; r < x.count; ++r) {
+    const float share_of_one = x.sum[r] == 0 ? 0.0f : 1 / x.sum[r];
+    for (int64_t i = 0; i < x.width; ++i) x.out[r][i] = out[r * padded(x.width) + i] * share_of_one;
   }
 }
 
 }  // namespace
 
-const AttentionLoops attention_loops = {run, scratch_size};
+const AttentionLoops attention_loops = {begin, query, over, finish, scratch_size};
 
 }  // namespace xexport::XEXPORT_ISA

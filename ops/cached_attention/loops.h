@@ -1,4 +1,5 @@
-// The inner loops of cached_attention, in one version per instruction set.
+// The inner loops of attention over cached keys, in one version per instruction set: for cached_attention,
+// window_attention and dilated_attention.
 #pragma once
 
 #include <cstdint>
@@ -10,22 +11,31 @@ namespace xexport {
 // Rows at a time: a row is one query head at one token.
 constexpr int64_t kAttentionRows = 32;
 
-// The query heads that share one head of keys, of one sequence. Row r is head r % group of token r / group.
-struct AttentionHead {
-  const float* q;        // token 0, first head of the group; heads are `size` floats apart
-  const float* keys;     // [.., size], all up to the last token of the chunk
-  const float* values;   // [.., width]
-  float* out;            // as q, heads are `width` floats apart
-  int64_t q_stride, out_stride;  // floats from token to token
-  int64_t group, size, width;
-  int64_t begin;         // token t of the chunk sees keys 0 .. begin + t
+// Rows that look at the same keys, and what they have seen so far. The largest score is kept, so any number of
+// runs of keys may follow one another.
+struct AttentionRows {
+  int64_t count;                     // at most kAttentionRows
+  int64_t size, width;               // of a key, of a value
   float scale;
+  const float* q[kAttentionRows];    // [size]
+  float* out[kAttentionRows];        // [width]
+  int64_t from[kAttentionRows], to[kAttentionRows];  // which keys of the next run a row sees: from .. to - 1
+  float* scratch;                    // AttentionLoops::scratch floats; the rest is the loops' own
+  float largest[kAttentionRows], sum[kAttentionRows];
+};
+
+// Keys and values a fixed distance apart.
+struct KeyRun {
+  const float *keys, *values;
+  int64_t key_stride, value_stride, count;
 };
 
 struct AttentionLoops {
-  // Rows first .. last - 1, at most kAttentionRows.
-  void (*run)(const AttentionHead& head, int64_t first, int64_t last, float* scratch);
-  int64_t (*scratch)(int64_t size, int64_t width);  // floats that `run` needs
+  void (*begin)(AttentionRows& rows);                    // nothing seen yet; reads q
+  void (*query)(AttentionRows& rows);                    // reads q again: other queries for the runs to come
+  void (*over)(AttentionRows& rows, const KeyRun& run);  // looks at a run of keys
+  void (*finish)(AttentionRows& rows);                   // writes out; zeros where nothing was seen
+  int64_t (*scratch)(int64_t size, int64_t width);       // floats that the rows need
 };
 
 XEXPORT_DECLARE_LOOPS(AttentionLoops, attention_loops)
