@@ -33,9 +33,9 @@ where blocks begin. Which layers see everything is a list.
 Positions are exact at any distance: see models/_rotary.py.
 
 State, for a layer that sees everything: ``layers.<i>.keys``, ``.values`` [B,G,L,K] float32, and there is no
-token L+1 (LimitError). With a window: the same of S+W-1 rows, sinks first, then a ring in which token s has
-row S + (s-S) mod (W-1). Simplified and seeing everything: ``layers.<i>.sum`` [B,d], the sum of all values.
-``position`` [1] int64, shared by the batch.
+token L+1 (LimitError). With a window: the same of S+W rows, sinks first, then a ring in which token s has
+row S + (s-S) mod W (ops/window_attention). Simplified and seeing everything: ``layers.<i>.sum`` [B,d], the
+sum of all values. ``position`` [1] int64, shared by the batch.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from xexport.core.state import StateSpec
 from xexport.models._chunk import RMSNorm
 from xexport.models._rotary import rope_angles, rotate, turns_of
 from xexport.ops.cached_attention.reference import cached_attention
+from xexport.ops.window_attention.reference import window_attention
 
 __all__ = [
     "FAMILY",
@@ -173,18 +174,15 @@ class _FeedForward(nn.Module):
 
 @dataclass(frozen=True)
 class _Places:
-    """Where a chunk's tokens are, for the layers of one window.
+    """Where a chunk's tokens are, for the layers of one window: cos and sin ``[T,1,K/2]``.
 
     Attributes:
-        rope: cos and sin ``[T,1,K/2]`` by position in the stream; sink_rope: by position in the cache.
-        rows: int64 ``[S+W-1]``, for every row of the new cache its row in ``concat(cache, chunk)``.
-        allowed: bool ``[T,S+(W-1)+T]``, which of ``concat(sinks, ring, chunk)`` a token sees.
+        rope: by position in the stream.
+        sink_rope: by position in the cache, the same where there are no sinks.
     """
 
     rope: tuple[Tensor, Tensor]
-    sink_rope: tuple[Tensor, Tensor] | None = None
-    rows: Tensor | None = None
-    allowed: Tensor | None = None
+    sink_rope: tuple[Tensor, Tensor]
 
 
 class _Attention(nn.Module):
@@ -214,7 +212,7 @@ class _Attention(nn.Module):
         """Attention of a chunk ``x [B,T,d]`` after ``position`` tokens, and the new state."""
         q, k, v = self.projected(x, places.rope)
         if self.window:
-            return self._windowed(q, k, v, places, state)
+            return self._windowed(q, k, v, places, position, state)
         keys, values, *rest = state
         scale = self.c.size**-0.5
         q = rotate(q, places.rope).flatten(-2)
@@ -226,25 +224,39 @@ class _Attention(nn.Module):
         total = v.cumsum(1) + rest[0][:, None]
         seen = position + 1 + torch.arange(v.shape[1], device=v.device)
         mean = total / seen[:, None].to(v.dtype)
-        a, b, g = (torch.repeat_interleave(p, self.c.size) for p in (self.alpha, self.beta, self.gamma))
-        return a * v + b * o - g * mean, [keys, values, total[:, -1]]
+        return self._shaped(v, o, mean), [keys, values, total[:, -1]]
 
     def _windowed(
-        self, q: Tensor, k: Tensor, v: Tensor, places: _Places, state: list[Tensor]
+        self, q: Tensor, k: Tensor, v: Tensor, places: _Places, position: Tensor, state: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """The chunk's tokens over sinks, ring and one another."""
-        assert places.rows is not None
-        assert places.allowed is not None
-        v = torch.unflatten(v, -1, (self.c.groups, -1))
-        seen = [torch.cat((old, y.transpose(1, 2)), 2) for old, y in zip(state, (k, v), strict=True)]
-        new = [torch.index_select(y, 2, places.rows) for y in seen]
-        s = self.c.sinks
-        scores = self.scores(rotate(q, places.rope), seen[0][:, :, s:])
-        if places.sink_rope is not None:
-            sinks = self.scores(rotate(q, places.sink_rope), new[0][:, :, :s])
-            scores = torch.cat((sinks, scores), -1)
-            seen[1] = torch.cat((new[1][:, :, :s], seen[1][:, :, s:]), 2)
-        return self.mixed(scores, places.allowed, seen[1], v), new
+        c, heads = self.c, self.c.heads
+        near, first = rotate(q, places.rope), rotate(q, places.sink_rope) if c.sinks else None
+        queries = [near, near if first is None else first]
+        if self.simple:  # a query of zeros sees the mean
+            queries = [torch.stack((x, torch.zeros_like(x)), 3).flatten(2, 3) for x in queries]
+            heads *= 2
+        o, *now = window_attention(
+            *(x.flatten(-2) for x in queries),
+            k.flatten(-2),
+            v,
+            *state,
+            position,
+            heads,
+            c.groups,
+            self.window,
+            c.sinks,
+            c.size**-0.5,
+        )
+        if self.o_proj is not None:
+            return self.o_proj(o), now
+        o, mean = (x.flatten(-2) for x in torch.unflatten(o, -1, (c.heads, 2, -1)).unbind(3))
+        return self._shaped(v, o, mean), now
+
+    def _shaped(self, v: Tensor, o: Tensor, mean: Tensor) -> Tensor:
+        """A simplified block's alpha V + beta A V - gamma C V, all ``[B,T,d]``."""
+        a, b, g = (torch.repeat_interleave(p, self.c.size) for p in (self.alpha, self.beta, self.gamma))
+        return a * v + b * o - g * mean
 
     def scores(self, q: Tensor, keys: Tensor) -> Tensor:
         """K^-1/2 q.k of rotated ``q [B,T,H,K]`` and ``keys [B,G,N,K]``: ``[B,G,H/G,T,N]``.
@@ -340,7 +352,7 @@ class Transformer(nn.Module):
         c, specs = self.config, []
         for i in range(c.layers):
             window = c.window(i)
-            shape = ("B", c.groups, c.sinks + window - 1 if window else c.max_tokens, c.size)
+            shape = ("B", c.groups, c.sinks + window if window else c.max_tokens, c.size)
             specs += [StateSpec(f"layers.{i}.{name}", shape) for name in ("keys", "values")]
             if c.block == "simplified" and not window:
                 specs.append(StateSpec(f"layers.{i}.sum", ("B", c.width)))
@@ -372,18 +384,9 @@ class Transformer(nn.Module):
         """What layers of one window need to know of a chunk of ``length`` after ``position [1]`` tokens."""
         here = position + torch.arange(length, device=position.device)
         rope = self.angles(here)
-        if not window:
-            return _Places(rope)
-        s, ring = self.config.sinks, window - 1
-        sink_rope = self.angles(here.clamp(max=s + ring)) if s else None
-        row = torch.arange(s + ring, device=position.device)
-        old = _token_in_row(row, position, s, ring)
-        new = _token_in_row(row, position + length, s, ring)
-        rows = torch.where(new >= position, s + ring + new - position, row)
-        there = torch.cat((new[:s], old[s:], torch.where(here >= s, here, -1)))
-        column = here[:, None]
-        near = (there > column - window) | (torch.arange(there.shape[0], device=here.device) < s)
-        return _Places(rope, sink_rope, rows, (there >= 0) & (there <= column) & near)
+        if not (window and self.config.sinks):
+            return _Places(rope, rope)
+        return _Places(rope, self.angles(here.clamp(max=self.config.sinks + window - 1)))
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin ``[T,1,K/2]`` of the rotation at int64 positions ``[T]`` below 2^31."""
@@ -437,15 +440,6 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         q, k, v, attn_mask=allowed, is_causal=allowed is None, enable_gqa=shared
     )
     return o.transpose(1, 2).flatten(-2)
-
-
-def _token_in_row(row: Tensor, end: Tensor, sinks: int, ring: int) -> Tensor:
-    """Which token the rows of a cache hold after ``end`` tokens, -1 where none: int64 like ``row``."""
-    last = end - 1
-    recent = last - (last - row) % ring
-    token = torch.where(row < sinks, row, recent)
-    filled = (token < end) & (token >= torch.where(row < sinks, 0, sinks))
-    return torch.where(filled, token, -1)
 
 
 def _turns(c: TransformerConfig) -> list[int]:

@@ -1,4 +1,4 @@
-"""dilated_attention: dense masks and the paper's mixture as a second derivation, body, chunk law."""
+"""dilated_attention: dense masks and the paper's mixture as a second derivation, body, kernel, chunk law."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_run import Arrays, error
+from native_run import Arrays, error, kernel, native_library
 from tolerances import TOLERANCES
 
 from xexport.core.registry import get_op
@@ -124,3 +124,56 @@ def test_chunk_law(T: int, cut: int, pos: int, pairs: Pairs) -> None:
 def test_torch_op_is_well_formed() -> None:
     x = tuple(torch.from_numpy(a) for a in inputs(PAIRS["paper"], 2, 3, 4, (4, 6), 5).values())
     torch.library.opcheck(dilated_attention, (*x, 4, SCALE))
+
+
+# The kernel
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    T=st.one_of(st.just(1), st.integers(1, 150)),
+    H=st.integers(1, 5),
+    sizes=st.sampled_from([(2, 2), (4, 7), (20, 37), (64, 64)]),
+    pos=st.integers(0, 70),
+    pairs=st.sampled_from([*PAIRS.values(), ((64, 1), (128, 2), (256, 4)), ((40, 1), (90, 7), (99, 11))]),
+)
+def test_kernel(T: int, H: int, sizes: tuple[int, int], pos: int, pairs: Pairs) -> None:
+    """Across blocks of 32 rows and 64 keys, segments that begin and end in the chunk."""
+    x = inputs(pairs, 1, T, H, sizes, pos)
+    got = kernel("dilated_attention", x, native_library(), heads=H, scale=SCALE)
+    assert max(map(error, got, wanted(x, H))) <= TOLERANCES["op_fp32"]
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("T", [1, 70])
+def test_kernel_on_every_instruction_set(isa: str, T: int) -> None:
+    x = inputs(PAIRS["paper"], 2, T, 3, (20, 37), 45)
+    got = kernel("dilated_attention", x, native_library(), isa, heads=3, scale=SCALE)
+    assert max(map(error, got, wanted(x, 3))) <= TOLERANCES["op_fp32"]
+
+
+def test_kernel_with_threads() -> None:
+    x = inputs(((64, 1), (128, 2)), 2, 200, 4, (32, 32), 100)
+    one, two = (
+        kernel("dilated_attention", x, native_library(), threads=n, heads=4, scale=SCALE) for n in (1, 2)
+    )
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"q": np.zeros((2, 3, 9), np.float32)}, "q must be float32 [2,any,12]"),
+        ({"rates": np.array([1, 2])}, "rates must be int64 [3]"),
+        ({"rates": np.array([1, 2, 0])}, "a segment of 16 tokens at a rate of 0"),
+        ({"segments": np.array([4, 8, 20])}, "the caches have 12 rows, the segments 13"),
+        ({"offsets": np.full((3, 3), 2)}, "an offset of 2 at a rate of 1"),
+        ({"pos": np.array([-1])}, "pos is -1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: Arrays, text: str) -> None:
+    x = inputs(PAIRS["paper"], 2, 3, 3, (4, 6), 0) | changes
+    with pytest.raises(Exception, match="xexport dilated_attention node 'mixer0': ") as caught:
+        kernel("dilated_attention", x, native_library(), heads=3, scale=SCALE)
+    assert text in str(caught.value)

@@ -25,6 +25,7 @@ from tolerances import TOLERANCES
 
 from xexport.ops.cached_attention.reference import cached_attention
 from xexport.ops.causal_conv1d.reference import causal_conv1d
+from xexport.ops.dilated_attention.reference import cache_rows, dilated_attention
 from xexport.ops.fft_conv.reference import causal_conv, fft_sizes
 from xexport.ops.fft_conv_cached.reference import fft_conv_cached
 from xexport.ops.fused_rows.reference import run_program
@@ -34,6 +35,7 @@ from xexport.ops.linear_int4.reference import linear_int4
 from xexport.ops.linear_int8.reference import linear_int8
 from xexport.ops.linear_recurrence.reference import linear_recurrence
 from xexport.ops.selective_scan.reference import selective_scan
+from xexport.ops.window_attention.reference import window_attention
 from xexport.ops.wkv4.reference import wkv4
 from xexport.ops.wkv6.reference import wkv6
 from xexport.ops.wkv7.reference import wkv7
@@ -174,6 +176,24 @@ def _cached_attention(B: int, T: int, H: int, G: int, K: int, L: int, pos: int) 
     return Case(x, {"heads": H, "kv_heads": G, "scale": 0.375})
 
 
+def _window_attention(B: int, T: int, H: int, G: int, K: int, W: int, S: int, pos: int) -> Case:
+    normal = _random(B, T, H, G, K, W, S)
+    x = {"q": normal((B, T, H * K)), "q_sinks": normal((B, T, H * K))}
+    x |= {"k": normal((B, T, G * K)), "v": normal((B, T, G * K))}
+    x |= {"k_cache": normal((B, G, S + W, K)), "v_cache": normal((B, G, S + W, K)), "pos": np.array([pos])}
+    return Case(x, {"heads": H, "kv_heads": G, "window": W, "sinks": S, "scale": 0.375})
+
+
+def _dilated_attention(B: int, T: int, H: int, K: int, pos: int) -> Case:
+    segments, rates = np.array([5, 9, 24]), np.array([1, 3, 4])
+    rows = sum(map(cache_rows, segments.tolist(), rates.tolist()))
+    normal = _random(B, T, H, K, pos)
+    x = {"q": normal((B, T, H * K)), "k": normal((B, T, H * K)), "v": normal((B, T, H * K))}
+    x |= {"k_cache": normal((B, H, rows, K)), "v_cache": normal((B, H, rows, K)), "pos": np.array([pos])}
+    x |= {"segments": segments, "rates": rates, "offsets": np.arange(H) % rates[:, None]}
+    return Case(x, {"heads": H, "scale": 0.375})
+
+
 def _hyena_conv(B: int, D: int, L: int, T: int, pos: int, constant: int) -> Case:
     n1, n2 = fft_sizes(L)
     normal = _random(B, D, L, T)
@@ -241,6 +261,14 @@ TABLE: dict[str, Row] = {
     "hyena_conv": Row(hyena_conv, _hyena_conv, ((1, 3, 9, 1, 4, 0), (2, 9, 300, 40, 17, 1)), "native_fft"),
     "cached_attention": Row(
         cached_attention, _cached_attention, ((1, 1, 2, 2, 16, 9, 4), (2, 7, 4, 2, 24, 40, 11))
+    ),
+    "window_attention": Row(
+        window_attention,
+        _window_attention,
+        ((1, 1, 2, 2, 16, 9, 0, 4), (2, 7, 4, 2, 24, 5, 3, 1), (1, 40, 4, 1, 20, 11, 2, 30)),
+    ),
+    "dilated_attention": Row(
+        dilated_attention, _dilated_attention, ((1, 1, 2, 16, 31), (2, 7, 3, 20, 0), (1, 60, 5, 8, 40))
     ),
     # the same kernel under many names
     "fused_rows_0": Row(_shifting, _fused_rows, ((1, 1, 8), (2, 5, 37)), "fused_rows"),
