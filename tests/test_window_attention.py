@@ -1,4 +1,4 @@
-"""window_attention: the definition against equation 1 of arXiv 1706.03762, body, kernel, chunk law, refusals."""
+"""window_attention: the definition against equation 1 of arXiv 1706.03762, body, kernel, chunk law."""
 
 from __future__ import annotations
 
