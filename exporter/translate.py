@@ -39,7 +39,11 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     """torch operator overload -> function that emits its bare node, for every operator folder."""
     specs = [get_op(name) for name in op_names()]
     table = {getattr(torch.ops.xexport, spec.name).default: _bare_node(spec) for spec in specs}
-    table[torch.ops.aten.softplus.default] = _softplus
+    aten = torch.ops.aten
+    table[aten.softplus.default] = _softplus
+    table[aten.item.default] = _item
+    table[aten.to.dtype] = _to_dtype
+    table[aten.floor_divide.default] = _floor_divide
     return table
 
 
@@ -51,6 +55,25 @@ def _softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
     if beta == 1.0:
         return opset23.Softplus(x)
     return opset23.Div(opset23.Softplus(opset23.Mul(x, beta)), beta)
+
+
+def _item(x: Any) -> Any:
+    """A size that is data: the one element of x as a scalar."""
+    return opset23.Squeeze(x)
+
+
+def _to_dtype(
+    x: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: int = 0
+) -> Any:
+    """A cast. torch.onnx knows it only after a decomposition, which traces the whole model again."""
+    return opset23.Cast(x, to=dtype)
+
+
+def _floor_divide(x: Any, y: Any) -> Any:
+    """Integers: three nodes instead of torch's ten, the same for every sign, for Mod has the divisor's."""
+    if x.dtype is not None and x.dtype.is_integer():
+        return opset23.Div(opset23.Sub(x, opset23.Mod(x, y)), y)
+    return opset23.Floor(opset23.Div(x, y))
 
 
 def _bare_node(spec: OpSpec) -> Callable[..., Any]:

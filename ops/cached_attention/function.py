@@ -22,58 +22,71 @@ _ATTRIBUTES = {"heads": "int", "kv_heads": "int", "scale": "float"}
 
 
 class _Frame:
-    """What both bodies begin with: sizes, the mask, keys and values so far."""
+    """What both bodies begin with: sizes, the mask, keys and values so far.
+
+    A chunk may have no tokens, and a Reshape can't find out an axis of a tensor without elements: all are named.
+    """
 
     def __init__(self, b: BodyBuilder) -> None:
         self.b = b
         zero, one, time = b.ints(0), b.ints(1), b.ints(2)
         self.kv = b.op("Unsqueeze", b.attribute("kv_heads", "int"), zero)
-        length = b.op("Shape", "q", start=1, end=2)
-        self.end = b.op("Add", "pos", length)
+        self.heads = b.op("Unsqueeze", b.attribute("heads", "int"), zero)
+        self.lead = b.op("Shape", "q", end=2)
+        self.batch = b.op("Shape", "q", end=1)
+        self.length = b.op("Shape", "q", start=1, end=2)
+        self.key_size, self.value_size = (b.op("Shape", c, start=3) for c in ("k_cache", "v_cache"))
+        self.end = b.op("Add", "pos", self.length)
         places = b.op("Range", b.const(0, np.int64), b.op("Squeeze", self.end, zero), b.const(1, np.int64))
         here = b.op("Slice", places, "pos", self.end, zero)
         column = b.op("Unsqueeze", here, one)
         self.allowed = b.op("LessOrEqual", places, column)  # [T, pos+T]
-        lead = b.op("Concat", zero, zero, self.kv, b.ints(-1), axis=0)
-        self.k = b.op("Transpose", b.op("Reshape", "k", lead), perm=[0, 2, 1, 3])
-        self.v = b.op("Transpose", b.op("Reshape", "v", lead), perm=[0, 2, 1, 3])
+        k = self.shaped("k", self.lead, self.kv, self.key_size)
+        v = self.shaped("v", self.lead, self.kv, self.value_size)
+        self.k, self.v = (b.op("Transpose", y, perm=[0, 2, 1, 3]) for y in (k, v))
         self.past_k = b.op("Slice", "k_cache", zero, "pos", time)
         self.past_v = b.op("Slice", "v_cache", zero, "pos", time)
         for cache, new in (("k_cache", self.k), ("v_cache", self.v)):
             rows = b.op("Expand", column, b.op("Shape", new))
             b.op("ScatterElements", cache, rows, new, axis=2, out=f"new_{cache}")
 
+    def shaped(self, value: str, *sizes: str) -> str:
+        """``value`` in a shape whose every axis is named."""
+        return self.b.op("Reshape", value, self.b.op("Concat", *sizes, axis=0), allowzero=1)
+
+    def finish(self, out: str) -> None:
+        """The output from ``[B,T,...]``."""
+        width = self.b.op("Mul", self.heads, self.value_size)
+        shape = self.b.op("Concat", self.lead, width, axis=0)
+        self.b.op("Reshape", out, shape, allowzero=1, out="out")
+
 
 def _products(b: BodyBuilder) -> None:
     """Grouped heads are rows of one product, so that shared keys are not repeated."""
     frame = _Frame(b)
-    zeros, last = b.ints(0, 0), b.ints(-1)
-    heads = b.op("Unsqueeze", b.attribute("heads", "int"), b.ints(0))
-    group = b.op("Div", heads, frame.kv)
+    group = b.op("Div", frame.heads, frame.kv)
+    rows = b.op("Mul", group, frame.length)
     keys = b.op("Concat", frame.past_k, frame.k, axis=2)
     values = b.op("Concat", frame.past_v, frame.v, axis=2)
-    query = b.op("Reshape", "q", b.op("Concat", zeros, frame.kv, group, last, axis=0))
-    query = b.op("Transpose", query, perm=[0, 2, 3, 1, 4])  # [B,kv,G,T,K]
-    size = b.op("Shape", "k_cache", start=3)
-    query = b.op("Reshape", query, b.op("Concat", zeros, last, size, axis=0))
+    query = frame.shaped("q", frame.lead, frame.kv, group, frame.key_size)
+    query = b.op("Transpose", query, perm=[0, 2, 3, 1, 4])  # [B,kv,group,T,K]
+    query = frame.shaped(query, frame.batch, frame.kv, rows, frame.key_size)
     scaled = b.op("Mul", query, b.attribute("scale", "float"))
     scores = b.op("MatMul", scaled, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
-    scores = b.op("Reshape", scores, b.op("Concat", zeros, group, last, frame.end, axis=0))
+    scores = frame.shaped(scores, frame.batch, frame.kv, group, frame.length, frame.end)
     closed = b.const(-np.inf, np.float32)
     masked = b.op("Where", frame.allowed, scores, closed)
     shares = b.op("Softmax", masked, axis=-1)
-    shares = b.op("Reshape", shares, b.op("Concat", zeros, last, frame.end, axis=0))
+    shares = frame.shaped(shares, frame.batch, frame.kv, rows, frame.end)
     out = b.op("MatMul", shares, values)
-    width = b.op("Shape", "v_cache", start=3)
-    out = b.op("Reshape", out, b.op("Concat", zeros, group, last, width, axis=0))
-    b.op("Reshape", b.op("Transpose", out, perm=[0, 3, 1, 2, 4]), b.ints(0, 0, -1), out="out")
+    out = frame.shaped(out, frame.batch, frame.kv, group, frame.length, frame.value_size)
+    frame.finish(b.op("Transpose", out, perm=[0, 3, 1, 2, 4]))
 
 
 def _attention(b: BodyBuilder) -> None:
     """The standard operator. It takes its scale as an attribute that a function can hand on."""
     frame = _Frame(b)
-    heads = b.op("Unsqueeze", b.attribute("heads", "int"), b.ints(0))
-    query = b.op("Reshape", "q", b.op("Concat", b.ints(0, 0), heads, b.ints(-1), axis=0))
+    query = frame.shaped("q", frame.lead, frame.heads, frame.key_size)
     query = b.op("Transpose", query, perm=[0, 2, 1, 3])
     out = b.fresh("attention")
     node = onnx.helper.make_node(
@@ -84,7 +97,7 @@ def _attention(b: BodyBuilder) -> None:
     scale = onnx.AttributeProto(name="scale", ref_attr_name="scale", type=onnx.AttributeProto.FLOAT)
     node.attribute.append(scale)
     b.nodes.append(node)
-    b.op("Reshape", b.op("Transpose", out, perm=[0, 2, 1, 3]), b.ints(0, 0, -1), out="out")
+    frame.finish(b.op("Transpose", out, perm=[0, 2, 1, 3]))
 
 
 def _body(write: Callable[[BodyBuilder], None]) -> Callable[[int], onnx.FunctionProto]:

@@ -57,7 +57,6 @@ class FusedRows {
       expect_input(tensor, i, B, T);
       in[i] = tensor.floats();
     }
-    if (T == 0) node_.fail("there are no tokens");
     for (size_t i = 0; i < outputs; ++i) {
       const Port& port = program_.outputs[i];
       int64_t dims[Tensor::kMaxRank + 2] = {B, T};
@@ -65,6 +64,7 @@ class FusedRows {
       for (int64_t dim : port.shape) dims[rank++] = dim;
       out[i] = call.output(i, dims, rank).floats();
     }
+    if (T == 0) return keep_histories(in, out, B);
     const int64_t rows = B * T;
     const double work = static_cast<double>(rows) * row_work_;
     // parts long enough that the rows computed twice don't matter
@@ -123,6 +123,16 @@ class FusedRows {
     wanted.rank = count + port.shape.size();
     for (size_t d = 0; d < wanted.rank; ++d) wanted.dim[d] = d < count ? lead[d] : port.shape[d - count];
     node_.fail("input " + std::to_string(i) + " must be " + wanted.describe() + ", got " + tensor.describe());
+  }
+
+  // Without tokens what a shift looks back on stays as it was.
+  void keep_histories(const float* const* in, float* const* out, int64_t B) const {
+    for (const RowTail& tail : program_.tails) {
+      const auto same = [&](const RowShift& s) { return s.source == tail.source && s.width == tail.width; };
+      const auto shift = std::find_if(program_.shifts.begin(), program_.shifts.end(), same);
+      if (shift == program_.shifts.end()) node_.fail("there are no tokens, of which an output is the last");
+      copy(out[static_cast<size_t>(tail.output)], in[static_cast<size_t>(shift->history)], B * tail.width);
+    }
   }
 
   // Rows [begin, end) of the B*T; those before that a shift looks back on are computed again, without output.
