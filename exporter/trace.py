@@ -26,7 +26,7 @@ LOGITS = "logits"
 _MAX_OPSET, _MAX_IR = 25, 10
 #: the example: sizes that differ from one another and from 1, so that nothing is specialised away
 _BATCH, _LENGTH = 2, 3
-#: composite operators that torch.onnx, or translate.py, translates although torch lists no decomposition of them
+#: composite operators that torch.onnx or translate.py translates although torch has no decomposition of them
 _COMPOSITES = {
     torch.ops.aten.item.default,
     torch.ops.aten.to.dtype,

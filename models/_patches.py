@@ -1,17 +1,17 @@
 """Sequences in patches: which rows of a coarse model a chunk makes, and attention inside of a patch.
 
-Models with a coarse and a fine level (MegaByte, Block Transformer, Hourglass) meet chunks that begin and end in the
-middle of patches. Everything here is arithmetic on the position, which is data: the same graph serves every
-alignment. How many rows a chunk adds to the coarse level is data too, and often 0: tensors of the coarse
-level then have no rows, and cost nothing.
+Models with a coarse and a fine level (MegaByte, Block Transformer, Hourglass) meet chunks that begin and end
+in the middle of patches. Everything here is arithmetic on the position, which is data: the same graph serves
+every alignment. How many rows a chunk adds to the coarse level is data too, and often 0: tensors of the
+coarse level then have no rows, and cost nothing.
 
 Glossary:
-    B batch, T tokens of the chunk, P patch size, N rows of the coarse model or of the local one that a chunk adds,
+    B batch, T tokens of the chunk, P patch size, N rows that a chunk adds to the coarse or the local model,
     H heads, K head size.
 
 A *row* is an element of the coarse sequence. A local model reads a patch as *slots*: ``lead`` slots that come
-from the coarse model or begin the patch, then its tokens. ``ahead`` says whether the logits after a patch's last token are
-those of the next patch's lead (which then needs the next row), or of a slot of that token itself.
+from the coarse model or begin the patch, then its tokens. ``ahead`` says whether the logits after a patch's
+last token are those of the next patch's lead (which then needs the next row), or of a slot of that token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from xexport.models.transformer import fused_attention, rope_angles, rotate
+from xexport.models._rotary import rope_angles, rotate
+from xexport.models.transformer import fused_attention
 from xexport.ops.cached_attention.reference import cached_attention
 
 __all__ = ["Everything", "InPatch", "Place", "Slots", "Span", "count_of", "recent"]
@@ -32,7 +33,7 @@ __all__ = ["Everything", "InPatch", "Place", "Slots", "Span", "count_of", "recen
 def count_of(count: Tensor) -> int:
     """A number that is data (int64 ``[1]``, 0 or more) as the size of an axis, also while exporting."""
     number = count.item()
-    torch._check(number >= 0)
+    torch._check(number >= 0)  # type: ignore[no-untyped-call]
     return number  # type: ignore[return-value]
 
 
@@ -155,8 +156,8 @@ class InPatch(_Turning):
 
     State: keys and values ``[B,size,H*K]`` of the patch that the last row is in; the rows after it repeat it.
 
-    The chunk is laid on the grid of its patches, whose first may begin in the state: one small product a patch,
-    whatever the chunk's length.
+    The chunk is laid on the grid of its patches, whose first may begin in the state: small products, one a
+    patch, whatever the chunk's length.
     """
 
     def __init__(self, span: Span, size: int, turns: Tensor | None, dtype: torch.dtype) -> None:

@@ -1,9 +1,9 @@
 """MegaByte: a global model over patches of bytes and a local one inside of each, streamed byte by byte.
 
 Sources:
-    1. Yu et al., MEGABYTE: Predicting Million-byte Sequences with Multiscale Transformers, arXiv 2305.07185,
-       sections 2.1 to 2.3: patch embedder, global and local model.
-    2. lucidrains/MEGABYTE-pytorch 0.3.6 (MIT), two stages: ``style="lucidrains"``, whose checkpoints are read.
+    1. Yu et al., MEGABYTE: Predicting Million-byte Sequences with Multiscale Transformers,
+       arXiv 2305.07185, sections 2.1 to 2.3: patch embedder, global and local model.
+    2. lucidrains/MEGABYTE-pytorch 0.3.6 (MIT), two stages: ``style="lucidrains"``; its checkpoints are read.
 
 Glossary:
     B batch, T bytes, P patch size, k patch, p place in it, D_G and D_L widths of the global and local model,
@@ -13,24 +13,25 @@ Glossary:
     global input   g_0 = E_pad,  g_k = concat_p(E_x[x_{(k-1)P+p}] + E_pos[(k-1)P+p])
     local input    l_{k,0} = w h_{k,0} + E_lpad,  l_{k,p} = w h_{k,p} + E_l[x_{kP+p-1}]
     logits         of byte kP+p: E_l local(l)_{k,p}
-where h_k = global(g)_k in P pieces of e. A byte's place in its patch is in h. The logits after byte t are those of byte t+1:
-at the end of a patch they need the global model's next row.
+where h_k = global(g)_k in P pieces of e. A byte's place in its patch is in h. The logits after byte t are
+those of byte t+1: at the end of a patch they need the global model's next row.
 ``style="lucidrains"``, [2]:
     g_0 = s_G,  g_k = LN(W LN(concat_p(E_x[x_{(k-1)P+p}])) + b)
-    l_{k,0} = s_L,  l_{k,1+p} = E_l[x_{kP+p}] + (W' h_k + b')_p;  logits = W_o local(l)_{k,1+p} + b_o, of byte kP+p+1
+    l_{k,0} = s_L,  l_{k,1+p} = E_l[x_{kP+p}] + (W' h_k + b')_p
+    logits         of byte kP+p+1: W_o local(l)_{k,1+p} + b_o
 so row k of the global model, which knows the patches before k, is needed from the first byte of patch k on.
 
-The paper leaves the Transformer's block open. Both styles have that of [2]: RMS norm before each part, no bias in
-attention, GELU; with ``shift`` (always, in [2]) half of each part's input comes from the row before. ``rotary``
-rotates keys and queries by their row (global) and their place in the patch (local).
+The paper leaves the Transformer's block open. Both styles have that of [2]: RMS norm before each part, no
+bias in attention, GELU; with ``shift`` (always, in [2]) half of each part's input comes from the row before.
+``rotary`` rotates keys and queries by their row (global) and their place in the patch (local).
 
 One step computes one local row, and a global row in one step of P: in the other steps the global model's
 tensors have no rows (models/_patches.py).
 
-State: ``recent`` [B,P] int64, the last P bytes; ``context`` [B,P,D_L], what the local model reads of the current
-row; ``global.<i>.keys``, ``.values`` [B,H,G,K] (paper: G+1); ``local.<i>.keys``, ``.values`` [B,S,H*K], the
-current patch, S = P (paper) or P+1; with ``shift`` ``*.shift`` [B,2,D/2]; ``position`` [1] int64. The first
-G*P bytes are the longest stream (LimitError).
+State: ``recent`` [B,P] int64, the last P bytes; ``context`` [B,P,D_L], what the local model reads of the
+current row; ``global.<i>.keys``, ``.values`` [B,H,G,K] (paper: G+1); of the current patch
+``local.<i>.keys``, ``.values`` [B,S,H*K], S = P (paper) or P+1; with ``shift`` also ``*.shift`` [B,2,D/2];
+``position`` [1] int64. The first G*P bytes are the longest stream (LimitError).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState, RMSNorm
 from xexport.models._patches import Everything, InPatch, Place, Slots, Span, recent
-from xexport.models.transformer import turns_of
+from xexport.models._rotary import turns_of
 
 __all__ = ["FAMILY", "MegaByte", "MegaByteConfig", "MegaByteTrain"]
 
@@ -135,7 +136,9 @@ class _Block(nn.Module):
         """``x [B,N,d]`` -> the same shape and the new state; ``inside [N,1]`` is 0 where no row is before."""
         before = state[2].unbind(1) if self.shift else (None, None)
         z, first = _shifted(x, before[0], inside)
-        q, k, v = torch.unflatten(self.qkv_proj(self.attention_norm(z)), -1, (3, self.heads, self.size)).unbind(2)
+        q, k, v = torch.unflatten(
+            self.qkv_proj(self.attention_norm(z)), -1, (3, self.heads, self.size)
+        ).unbind(2)
         o, new = place.attend(place.turned(q), place.turned(k), v, state[:2])
         x = x + self.o_proj(o)
         z, second = _shifted(x, before[1], inside)
@@ -178,8 +181,8 @@ class _Model(nn.Module):
 class MegaByte(nn.Module):
     """The chunk form: ``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)``.
 
-    ``position + T`` must not exceed G*P: LimitError from a runtime, and in PyTorch as soon as a row is needed that the
-    global model's cache has no place for.
+    ``position + T`` must not exceed G*P: LimitError from a runtime, and in PyTorch as soon as a row is needed
+    that the global model's cache has no place for.
     """
 
     whole = False
@@ -257,7 +260,9 @@ class MegaByte(nn.Module):
         width = x.shape[-1]
         x = x.view(x.shape[0], count, c.patch, width)
         if c.style == "paper":
-            x = (x + self.patch_places((first[:, None] + (byte - c.patch)).clamp(0, self.max_tokens - 1))).flatten(2)
+            x = (
+                x + self.patch_places((first[:, None] + (byte - c.patch)).clamp(0, self.max_tokens - 1))
+            ).flatten(2)
         else:
             x = self.patch_norm(self.patch_proj(self.bytes_norm(x.flatten(2))))
         x = torch.where((rows.index == 0)[:, None], self.patch_start, x)
@@ -284,7 +289,9 @@ class MegaByte(nn.Module):
         inside = (slot > 0)[:, None]
         # slot p of patch k reads byte kP+p-1, and what the row has for it
         byte = (patch * c.patch + slot - 1 - position).clamp(min=0)
-        x = torch.where(inside, F.embedding(torch.index_select(tokens, 1, byte), self.embed.weight), self.start)
+        x = torch.where(
+            inside, F.embedding(torch.index_select(tokens, 1, byte), self.embed.weight), self.start
+        )
         piece = slot if c.style == "paper" else (slot - 1).clamp(min=0)
         read = torch.index_select(context.flatten(1, 2), 1, (patch - rows.begin + 1) * c.patch + piece)
         x = x + (read if c.style == "paper" else read * inside)
@@ -379,7 +386,8 @@ def _layout(raw: RawCheckpoint) -> str | None:
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
     """A state_dict of a two-stage MEGABYTE-pytorch, or a file of xexport's own training."""
-    config, notes = own_config(raw, "megabyte", MegaByteConfig), ()
+    config = own_config(raw, "megabyte", MegaByteConfig)
+    notes: tuple[str, ...] = ()
     tensors = dict(raw.tensors)
     if config is None:
         if _KNOWN not in raw.tensors:

@@ -90,6 +90,15 @@ def test_bodies(size: tuple[int, ...], variant: str) -> None:
         assert error(a, b) <= TOLERANCES["op_fp32"]
 
 
+def test_body_without_tokens() -> None:
+    """A coarse model of patches gets no rows from most chunks."""
+    x = inputs(2, 0, 4, 2, 4, 6, 16, 5)
+    out, keys, values = run_body(SPEC, x, "products", attributes=attributes(4, 2))
+    assert out.shape == (2, 0, 24)
+    np.testing.assert_array_equal(keys, x["k_cache"])
+    np.testing.assert_array_equal(values, x["v_cache"])
+
+
 def test_onnx_reference_runs_the_body() -> None:
     x = inputs(2, 3, 4, 2, 4, 6, 16, 5)
     model = op_model(SPEC, x, "products", 23, attributes(4, 2))

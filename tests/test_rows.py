@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -265,6 +266,18 @@ def test_shifts_across_sequences_and_threads(B: int, T: int, threads: int) -> No
     x = values(program, B, T)
     got = kernel(program.encode(), (0.0,), x, 3, threads=threads)
     close(got, run_program(program, x), TOLERANCES["fused_rows"])
+
+
+def test_without_tokens_a_shift_looks_back_on_what_it_did() -> None:
+    """A coarse model of patches gets no rows from most chunks."""
+    program = shifting(8)
+    x = values(program, 3, 0)
+    one, two, last = kernel(program.encode(), (0.0,), x, 3)
+    assert one.shape == two.shape == (3, 0, 8)
+    np.testing.assert_array_equal(last, x[2])
+    odd = dataclasses.replace(program, tails=(Tail(0, 2, 8), Tail(4, 2, 8)))
+    with pytest.raises(Exception, match="node 'r0': there are no tokens"):
+        kernel(odd.encode(), (0.0,), x, 3)
 
 
 def outcome(numbers: Sequence[int], x: Sequence[np.ndarray]) -> str:

@@ -24,7 +24,8 @@ _ATTRIBUTES = {"heads": "int", "kv_heads": "int", "scale": "float"}
 class _Frame:
     """What both bodies begin with: sizes, the mask, keys and values so far.
 
-    A chunk may have no tokens, and a Reshape can't find out an axis of a tensor without elements: all are named.
+    A chunk may have no tokens, and a Reshape can't find out an axis of a tensor without elements: every
+    axis is named.
     """
 
     def __init__(self, b: BodyBuilder) -> None:
