@@ -109,7 +109,7 @@ def legendre(order: int, theta: float) -> tuple[Tensor, Tensor]:
     """A [n,n] and B [n] of a Legendre memory for steps of one token, float64.
 
     [2], equation 2: with i, j = 0 .. n-1, A_ij = (2i+1)/theta * (-1 if i < j else (-1)^(i-j+1)) and
-    B_i = (2i+1)/theta * (-1)^i in continuous time; then exp of the block matrix [[A, B], [0, 0]]: zero-order hold.
+    B_i = (2i+1)/theta * (-1)^i in continuous time; then exp of [[A, B], [0, 0]]: a zero-order hold.
     """
     with torch.device("cpu"):
         i = torch.arange(order, dtype=torch.float64)
@@ -155,10 +155,16 @@ class _Convolution(nn.Module):
         return F.relu(self.conv(x)) * self.scale + self.shift
 
 
-def _beside(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B,T,C] with the two tokens before each, [B,T,3C] oldest first, and the new state [B,2,C]."""
-    past, length = torch.cat((state, x), 1), x.shape[1]
-    return torch.cat([past[:, i : i + length] for i in range(_TAPS)], -1), past[:, length:]
+def _window(length: int, size: int, like: Tensor) -> Tensor:
+    """Which of size-1+length rows each of ``length`` tokens sees, row after row: int64 [length*size]."""
+    first, inside = (torch.arange(n, device=like.device) for n in (length, size))
+    return (first[:, None] + inside).flatten()
+
+
+def _seen(x: Tensor, state: Tensor, window: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """x [B,T,...] behind state [B,size-1,...] as windows of tokens [B,T,size,...], and the new state."""
+    past = torch.cat((state, x), 1)
+    return torch.unflatten(past.index_select(1, window), 1, (-1, size)), past[:, x.shape[1] :]
 
 
 class _Embedding(nn.Module):
@@ -169,13 +175,13 @@ class _Embedding(nn.Module):
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x [B,T,C] -> ([B,T,d], new state)."""
-        new: list[Tensor] = []
+        window, new = _window(x.shape[1], _TAPS, x), []
         for layer, before in zip(self.conv_layers, state[:-1], strict=True):
-            three, after = _beside(x, before)
-            x = layer(three)
+            three, after = _seen(x, before, window, _TAPS)
+            x = layer(three.flatten(2))
             new.append(after)
-        three, after = _beside(x, state[-1])
-        return x + self.rpe_conv(three), [*new, after]
+        three, after = _seen(x, state[-1], window, _TAPS)
+        return x + self.rpe_conv(three.flatten(2)), [*new, after]
 
 
 class _Cell(nn.Module):
@@ -187,12 +193,10 @@ class _Cell(nn.Module):
         self.W_h = nn.Linear(c.memory + c.width, c.width)
 
     def forward(self, x: Tensor, response: Tensor, window: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B,T,d], response [N,n], window [T,N] indices, signal [B,N-1] -> (h [B,T,d], new signal)."""
+        """x [B,T,d], response [N,n], window [T*N], signal [B,N-1] -> (h [B,T,d], new signal)."""
         u = F.relu(self.W_u(x)).squeeze(-1)
-        past = torch.cat((signal, u), 1)
-        rows = past.index_select(1, window.flatten())
-        memory = torch.unflatten(rows, 1, (-1, response.shape[0])) @ response
-        return F.relu(self.W_h(torch.cat((memory, x), -1))), past[:, x.shape[1] :]
+        rows, after = _seen(u, signal, window, response.shape[0])
+        return F.relu(self.W_h(torch.cat((rows @ response, x), -1))), after
 
 
 class _Attention(nn.Module):
@@ -259,10 +263,10 @@ class LmuFormer(nn.Module):
         return specs + [StateSpec(f"layers.{i}.signal", ("B", c.horizon - 1)) for i in range(c.layers)]
 
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        c, length = self.config, tokens.shape[1]
+        c = self.config
         count = len(c.widths)
         x, new = self.patch_embed(self.embed(tokens), *state[:count])
-        window = torch.arange(length, device=x.device)[:, None] + torch.arange(c.horizon, device=x.device)
+        window = _window(tokens.shape[1], c.horizon, x)
         for block, signal in zip(self.block, state[count:], strict=True):
             x, after = block(x, self.response, window, signal)
             new.append(after)

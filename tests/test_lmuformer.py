@@ -30,7 +30,7 @@ from torch import Tensor
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.registry import get_family
-from xexport.models.lmuformer import LmuFormer, LmuFormerConfig, LmuFormerTraining, legendre
+from xexport.models.lmuformer import LmuFormer, LmuFormerConfig, LmuFormerTraining, _window, legendre
 
 FAMILY = get_family("lmuformer")
 TINY: LmuFormerConfig = FAMILY.presets["tiny"]
@@ -90,7 +90,7 @@ def test_block_is_the_authors(golden: dict[str, Tensor], cuts: list[int]) -> Non
     c, block = module.config, module.block[0]
     signal, outs, hidden = new_state(module, 1)[-1], [], []
     for x in golden["block.in"].split(cuts, 1):
-        window = torch.arange(x.shape[1])[:, None] + torch.arange(c.horizon)
+        window = _window(x.shape[1], c.horizon, x)
         hidden.append(block.attn.proj_conv(block.attn.lmu(x, module.response, window, signal)[0]))  # type: ignore[union-attr, operator]
         y, signal = block(x, module.response, window, signal)
         outs.append(y)
