@@ -187,7 +187,11 @@ def inspect(bundle: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("bundle", type=_PATH)
-@click.option("--prompt", required=True, metavar="TEXT", help="The text to go on from; - reads stdin.")
+@click.option("--prompt", metavar="TEXT", help="The text to go on from; - reads stdin.")
+@click.option(
+    "--audio", type=_PATH, metavar="F", help="Instead, for a model of speech: a 16 kHz .wav (or .flac)."
+)
+@click.option("--frames", type=int, metavar="N", help="With --audio: frames of 10 ms fed at a time.")
 @click.option("--max-tokens", type=int, default=128, show_default=True, help="How many tokens to generate.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus sampling; 1 is off.")
@@ -201,7 +205,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @_quiet_option
 def run(
     bundle: Path,
-    prompt: str,
+    prompt: str | None,
+    audio: Path | None,
+    frames: int | None,
     max_tokens: int,
     temperature: float,
     top_p: float,
@@ -214,14 +220,24 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Generate text with BUNDLE.
+    """Generate text with BUNDLE, or hear a recording.
 
-    The text streams to stdout, the speed follows on stderr. Needs no torch.
+    The text streams to stdout, the speed follows on stderr. Needs no torch. Of a recording the letters'
+    ids are written (greedy CTC), in a streaming model chunk by chunk as it would come from a microphone.
 
     \b
     xexport run rwkv-cpu-int8 --prompt "Call me " --temperature 0.8 --top-p 0.9 --seed 0
     xexport run rwkv-cpu-int8 --prompt "67 97 108 108" --ids
+    xexport run conformer-cpu-int8 --audio speech.wav --frames 8
     """
+    if (prompt is None) == (audio is None):
+        raise click.UsageError("name one: --prompt TEXT, or --audio FILE for a model of speech")
+    if frames is not None and audio is None:
+        raise click.UsageError("--frames goes with --audio")
+    if audio is not None:
+        _listen(bundle, audio, frames, threads, not no_verify, as_json, quiet)
+        return
+    assert prompt is not None
     from xexport.runtimes.bundle import load
     from xexport.runtimes.tokenizers import NoTokenizer, parse_ids
 
@@ -250,6 +266,34 @@ def run(
             err=True,
             dim=True,
         )
+
+
+def _listen(
+    bundle: Path, audio: Path, frames: int | None, threads: int, verify: bool, as_json: bool, quiet: bool
+) -> None:
+    """``run --audio``: ids to stdout as they come, then latency on stderr."""
+    from xexport.runtimes.audio import read_audio
+    from xexport.runtimes.bundle import load
+    from xexport.runtimes.listen import Listener, hear
+
+    samples = read_audio(audio)
+    loaded = load(bundle, verify=verify)
+    model = loaded.manifest.model
+    listener = Listener(loaded.stream(threads=threads), int(model.config.get("blank", 0)), frames)
+    for letters in hear(listener, samples):
+        if letters and not as_json:
+            click.echo(" ".join(map(str, letters)) + " ", nl=False)
+            sys.stdout.flush()
+    stats = listener.stats.record()
+    notes = [n for n in model.notes if n.startswith("random weights")]
+    if as_json:
+        click.echo(_dump({"ids": listener.ids, "positions": listener.positions, "notes": notes, **stats}))
+        return
+    click.echo()
+    if not quiet:
+        for note in notes:
+            click.secho(f"{note}: the ids mean nothing", err=True, dim=True)
+        click.secho(listener.stats.sentence(), err=True, dim=True)
 
 
 @cli.command()

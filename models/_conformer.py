@@ -26,12 +26,12 @@ class Places(NamedTuple):
         table: :func:`position_table` ``[D,d]`` of the distances that occur, descending by one, or None if
             the layers have it projected.
         ahead: how many of them are negative: frames after the query's that it may see.
-        mask: bool ``[n,S]``, whether query t sees key s; None if it sees all.
+        hidden: bool ``[n,S]``, whether query t does not see key s; None if it sees all.
     """
 
     table: Tensor | None
     ahead: Any
-    mask: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 class Subsampling(nn.Module):
@@ -94,8 +94,8 @@ class _Attention(nn.Module):
             k, v = torch.cat((past[0], k), 1), torch.cat((past[1], v), 1)
         by_place = shifted((q + self.v) @ self._table(places), k.shape[1], places.ahead)
         scores = ((q + self.u) @ self._split(k).transpose(2, 3) + by_place) * self.scale
-        if places.mask is not None:
-            scores = scores.masked_fill(~places.mask, -math.inf)
+        if places.hidden is not None:
+            scores = scores.masked_fill(places.hidden, -math.inf)
         y = (scores.softmax(-1) @ self._split(v)).transpose(1, 2).flatten(2)
         return self.o_proj(y), k[:, x.shape[1] :], v[:, x.shape[1] :]
 
@@ -123,8 +123,8 @@ def position_table(most: Any, least: Any, width: int, like: Tensor) -> Tensor:
     """
     step = -2 * math.log(_LONGEST_WAVE) / width
     rates = torch.exp(torch.arange(width // 2, device=like.device, dtype=like.dtype) * step)
-    distance = most - torch.arange(most - least + 1, device=like.device)
-    angle = distance[:, None].to(like.dtype) * rates
+    distance = torch.arange(most, least - 1, -1, device=like.device, dtype=like.dtype)
+    angle = distance[:, None] * rates
     return torch.cat((angle.sin(), angle.cos()), -1)
 
 

@@ -200,8 +200,8 @@ class StreamingConformer(_Encoder):
             here // c.chunk * c.chunk
         )  # of the query's chunk; its left context begins in this row of the keys
         key = torch.arange(c.left + x.shape[1], device=x.device)
-        near = (key >= begin[:, None]) & (key < begin[:, None] + c.left + c.chunk)
-        return Places(None, c.chunk - 1, near & (key >= c.left - position))
+        far = torch.logical_or(key < begin[:, None], key >= begin[:, None] + (c.left + c.chunk))
+        return Places(None, c.chunk - 1, torch.logical_or(far, key + position < c.left))
 
 
 class ConformerTraining(_Encoder):
@@ -231,7 +231,7 @@ class ConformerTraining(_Encoder):
             return Places(table, n - 1)
         here = torch.arange(n, device=x.device)
         begin = (here // c.chunk * c.chunk)[:, None]
-        return Places(table, n - 1, (here >= begin - c.left) & (here < begin + c.chunk))
+        return Places(table, n - 1, (here < begin - c.left) | (here >= begin + c.chunk))
 
 
 def _build(config: ConformerConfig) -> nn.Module:
