@@ -53,7 +53,10 @@ class InputSpec:
         width: F; 0 for tokens.
         multiple: T must be a multiple of it. A model that takes 4 frames to a position of its output
             has 4; in the chunk form its logits have T/4 positions.
+        stride: if a call must be longer than what makes one position (it takes chunks of several):
+            frames to a position; 0 is ``multiple``.
         least: the smallest T of the whole form; in the chunk form that is ``multiple``.
+        typical: mean and deviation of features, for checks on random ones.
     """
 
     kind: str = "tokens"
@@ -61,6 +64,8 @@ class InputSpec:
     width: int = 0
     multiple: int = 1
     least: int = 1
+    stride: int = 0
+    typical: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -71,7 +76,11 @@ class InputSpec:
                 got=self.width,
                 allowed="1 or more for features, 0 for tokens",
             )
-        if self.multiple < 1 or self.least < 1 or not self.name:
+        if self.stride and self.multiple % self.stride:
+            raise InputError(
+                "a call is not whole positions", got=self, allowed="multiple a multiple of stride"
+            )
+        if self.multiple < 1 or self.least < 1 or self.stride < 0 or not self.name:
             raise InputError(
                 "an impossible input", got=self, allowed="multiple and least of 1 or more, a name"
             )
@@ -96,8 +105,14 @@ class InputSpec:
         return (batch, length, self.width) if self.width else (batch, length)
 
     def random(self, rng: Any, batch: int, length: int, vocab: int) -> Any:
-        """Ids below ``vocab``, or normal features, from a numpy generator."""
-        return _KINDS[self.kind].random(rng, self.shape(batch, length), vocab)
+        """Ids below ``vocab``, or normal features as large as :attr:`typical`, from a numpy generator."""
+        drawn = _KINDS[self.kind].random(rng, self.shape(batch, length), vocab)
+        return drawn if self.kind == "tokens" else self.scaled(drawn)
+
+    def scaled(self, noise: Any) -> Any:
+        """Features of mean 0 and variance 1 made as large as :attr:`typical`, float32."""
+        mean, deviation = self.typical
+        return (noise * deviation + mean).astype(self.dtype)
 
 
 TOKENS = InputSpec()
@@ -170,7 +185,7 @@ class Contract:
 
     def positions(self, length: int) -> int:
         """Of how many positions the logits of ``length`` inputs are (chunk form)."""
-        return length // self.inputs.multiple
+        return length // (self.inputs.stride or self.inputs.multiple)
 
     def batched(self, values: Any, batch: int) -> Any:
         """``[n]`` ids or ``[n,F]`` features, or those with a batch axis already, for ``batch`` sequences."""

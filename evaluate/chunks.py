@@ -102,12 +102,16 @@ def _cut(
     whole: NDArray[np.float64],
     final: dict[str, NDArray[Any]],
 ) -> Cut:
-    worst, at, unit = 0.0, 0, runner.contract.inputs.multiple
+    worst, at, contract = 0.0, 0, runner.contract
+    unit = contract.inputs.multiple
+    per_unit = contract.positions(unit)
     for length in pieces:
         got = np.asarray(runner.feed(rest[:, at * unit : (at + length) * unit]), np.float64)
         with np.errstate(invalid="ignore"):
             # np.maximum, unlike max, keeps a nan once it is seen.
-            worst = float(np.maximum(worst, np.abs(got - whole[:, at : at + length]).max()))
+            worst = float(
+                np.maximum(worst, np.abs(got - whole[:, at * per_unit : (at + length) * per_unit]).max())
+            )
         at += length
     errors = state_errors(final, runner.state())
     name = max(errors, key=lambda n: math.inf if errors[n] is None else float(errors[n] or 0.0), default="")

@@ -99,7 +99,7 @@ def compare_and_drift(
         for name, metrics in compared.metrics.items():
             courses[name].add(metrics)
             if truth is not None:
-                stop = compared.stop // unit
+                stop = reference.contract.positions(compared.stop)
                 courses[name].close(stop, state_errors(truth, candidates[name].state()))
         progress.advance()
     fidelity: dict[str, Fidelity] = {}

@@ -63,7 +63,7 @@ class RecordedRunner:
         stop = self.position + len(values)
         if not np.array_equal(values, self.values[self.position : stop]):
             raise InputError("a recorded reference knows its own text only", got=values[:8].tolist())
-        first, last = self.position // spec.multiple, stop // spec.multiple
+        first, last = self.contract.positions(self.position), self.contract.positions(stop)
         out = self._logits[None, max(first, last - (keep or last)) : last]
         self.position = stop
         return out

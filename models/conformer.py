@@ -49,6 +49,10 @@ from xexport.models._conformer import Block, Places, Subsampling, position_table
 __all__ = ["FAMILY", "Conformer", "ConformerConfig", "ConformerTraining", "StreamingConformer"]
 
 
+#: of five clips of LibriVox speech by runtimes/logmel.py: the mean and deviation of all their bins
+_MEAN, _DEVIATION = 14.6, 3.6
+
+
 @dataclass(frozen=True)
 class ConformerConfig:
     """Sizes of one Conformer.
@@ -122,7 +126,10 @@ class _Encoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.vocab_size = c.vocab_size
-        self.input_spec = InputSpec("features", "log_mel", c.bins, 4 * (c.chunk if c.streaming else 1))
+        multiple = 4 * (c.chunk if c.streaming else 1)
+        self.input_spec = InputSpec(
+            "features", "log_mel", c.bins, multiple, stride=4, typical=(_MEAN, _DEVIATION)
+        )
         self.max_tokens: int | None = None
         self.predicts_next = False
         self.register_buffer("mean", torch.zeros(c.bins))
@@ -281,10 +288,6 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
         tensors=match_tensors(_from_training(config, found), wanted, raw.path.name),
         source=str(raw.path),
     )
-
-
-#: of five clips of LibriVox speech by runtimes/logmel.py: the mean and deviation of all their bins
-_MEAN, _DEVIATION = 14.6, 3.6
 
 
 @torch.no_grad()

@@ -16,15 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from xexport.core.errors import FormError, InputError, LimitError
-from xexport.runtimes.logmel import BINS, RATE, SHIFT, LogMelStream
+from xexport.runtimes.logmel import BINS, INPUT, RATE, SHIFT, LogMelStream, reads_log_mel
 
 if TYPE_CHECKING:
     from xexport.runtimes.stream import Stream
 
-__all__ = ["LOG_MEL", "Listener", "ListeningStats", "hear"]
-
-#: the input of a graph that reads the frames of runtimes/logmel.py
-LOG_MEL = "log_mel"
+__all__ = ["Listener", "ListeningStats", "hear"]
 
 
 @dataclass
@@ -91,11 +88,11 @@ class Listener:
 
     def __init__(self, stream: Stream, blank: int = 0, frames: int | None = None) -> None:
         spec = stream.contract.inputs
-        if spec.name != LOG_MEL or spec.width != BINS:
+        if not reads_log_mel(spec):
             raise FormError(
                 "this model does not read log-mel frames of speech",
                 got=f"input {spec.name!r} of {spec.kind}",
-                allowed=f"input {LOG_MEL!r} of {BINS} features",
+                allowed=f"input {INPUT!r} of {BINS} features",
             )
         if stream.batch != 1:
             raise InputError("listening needs a stream of batch 1", got=stream.batch)

@@ -28,10 +28,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from xexport.core.contract import InputSpec
 from xexport.core.errors import InputError
 
-__all__ = ["BINS", "RATE", "SHIFT", "WINDOW", "LogMelStream", "log_mel"]
+__all__ = ["BINS", "INPUT", "RATE", "SHIFT", "WINDOW", "LogMelStream", "log_mel", "reads_log_mel"]
 
+#: what the input of a graph is called that reads these features
+INPUT = "log_mel"
 #: samples a second, a frame, and from one frame's beginning to the next; numbers a frame
 RATE, WINDOW, SHIFT, BINS = 16_000, 400, 160, 80
 _FFT = 512
@@ -57,6 +60,11 @@ def log_mel(samples: Any) -> Features:
         InputError: not one row of such samples, or a sample that is not finite.
     """
     return _frames(_scaled(samples))
+
+
+def reads_log_mel(spec: InputSpec) -> bool:
+    """Whether a model's input is these features."""
+    return spec.name == INPUT and spec.width == BINS
 
 
 class LogMelStream:
