@@ -151,10 +151,11 @@ class OrtCell:
         self.buffers = StateBuffers(manifest.state, batch, in_place)
         self._values = tuple({n: _share(a) for n, a in each.items()} for each in self.buffers.sets)
         self._inputs = aligned(spec.shape(batch, self._unit), spec.dtype)
-        self._logits = aligned((batch, 1, self._vocab), "float32")
+        per_step = self._contract.positions(self._unit)
+        self._logits = aligned((batch, per_step, self._vocab), "float32")
         self._step = self._binding_pair()
         for binding in self._step:
-            self._bind(binding, self._inputs, self._logits, 1)
+            self._bind(binding, self._inputs, self._logits, per_step)
         self._chunk: tuple[Any, Any] | None = None
 
     def run(self, inputs: Inputs, keep: int = 0) -> npt.NDArray[np.float32]:
@@ -163,7 +164,7 @@ class OrtCell:
         if length == self._unit:
             self._inputs[...] = inputs
             self._execute(self._step)
-            return self._logits.copy()
+            return self._logits[:, -keep:].copy()
         if self._chunk is None:
             self._chunk = self._binding_pair()
         positions = self._contract.positions(length)
