@@ -101,7 +101,7 @@ class _Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """[B,n,d] -> [B,H,n,K]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)
 
     def _table(self, places: Places) -> Tensor:
         """W_r R ``[H,K,D]``."""
@@ -112,7 +112,7 @@ class _Attention(nn.Module):
 
 def projected_table(weight: Tensor, table: Tensor, heads: int) -> Tensor:
     """W_r R: (weight [d,d], table [D,d]) -> ``[H,K,D]``."""
-    return F.linear(table, weight).unflatten(-1, (heads, -1)).permute(1, 2, 0)
+    return torch.unflatten(F.linear(table, weight), -1, (heads, -1)).permute(1, 2, 0)
 
 
 def position_table(most: Any, least: Any, width: int, like: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ def shifted(scores: Tensor, keys: Any, ahead: Any) -> Tensor:
     width = keys + ahead
     padded = F.pad(scores, (0, width + 1 - scores.shape[3]))
     rows = padded.flatten(2)[:, :, : scores.shape[2] * width]
-    return rows.unflatten(2, (scores.shape[2], width))[..., ahead:]
+    return torch.unflatten(rows, 2, (scores.shape[2], width))[..., ahead:]
 
 
 class _Depthwise(nn.Module):

@@ -29,16 +29,21 @@ class ListeningStats:
     """What a listener has done so far.
 
     Attributes:
-        audio_seconds: length of what it was given.
+        samples: how many it was given.
         call_seconds: for every call of the model, the time that features and model took.
         form: of the model.
         call_frames: frames of a call (of the longest, in the whole form).
     """
 
     form: str = "chunk"
-    audio_seconds: float = 0.0
+    samples: int = 0
     call_frames: int = 0
     call_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def audio_seconds(self) -> float:
+        """Length of what it was given."""
+        return self.samples / RATE
 
     @property
     def real_time_factor(self) -> float:
@@ -126,7 +131,7 @@ class Listener:
         """
         began = time.perf_counter()
         self._waiting = np.concatenate((self._waiting, self._log_mel.feed(samples)))
-        self.stats.audio_seconds += len(samples) / RATE
+        self.stats.samples += len(samples)
         self._heard += time.perf_counter() - began
         before = len(self.ids)
         while self._stream.contract.streams and len(self._waiting) >= self._frames:
