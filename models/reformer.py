@@ -406,7 +406,10 @@ class Reformer(nn.Module):
             assert isinstance(layer, _Layer)
             x = x + layer.attention(y, length)
             y = y + layer.feed_forward(x)
-        return (self.lm_head(encoder.layer_norm(torch.cat((x, y), -1)[:, :length])),)
+        # rows by number: the length of a slice would be min(T, filled), for all that torch.export knows
+        tokens_alone = torch.arange(length, device=tokens.device)
+        both = torch.cat((x, y), -1).index_select(1, tokens_alone)
+        return (self.lm_head(encoder.layer_norm(both)),)
 
 
 class ReformerTrain(Reformer):
