@@ -266,7 +266,8 @@ def _first_value(c: MonarchMixerConfig, name: str, noise: Tensor) -> Tensor:
         return torch.full(noise.shape, 0.0 if name.endswith("bias") else 1.0)
     if name in ("embed.weight", "positions"):
         return noise * float(0.25 * c.width**-0.5)
-    return noise * float(noise.shape[1] ** -0.5)
+    # the gates begin small beside the second convolution: their product is of the third degree
+    return noise * float((0.5 if name.endswith("in_proj.weight") else 1.0) * noise.shape[1] ** -0.5)
 
 
 def _from_training(config: MonarchMixerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "check_gradients",
     "check_init",
     "check_training_form",
+    "check_whole_export",
     "draw_tokens",
     "error",
     "in_chunks",
@@ -172,6 +174,32 @@ def check_export(exporter: Any, family: str, target: str) -> None:
     checks = bundle.manifest.checks
     assert set(checks["parity"]) >= {"B=1,T=1", "B=2,T=1", "B=1,T=3", "B=3,T=5"}
     assert max(*checks["parity"].values(), checks["chunk_error_onnx"]) < TOLERANCES["model_fp32"]
+
+
+def check_whole_export(exporter: Any, family: str, target: str, share: float = 1.0) -> None:
+    """The bundle of a tiny preset in the whole form against PyTorch, at several lengths.
+
+    Args:
+        share: of the sequences, those with the least error, that must be within the tolerance. Below 1 for a
+            model that decides by comparing (a hash bucket): rounded weights turn a decision here and there,
+            which moves all that is sorted behind it, and more than rounding does.
+    """
+    import xexport
+    from xexport.models._resolve import resolve
+
+    bundle = xexport.load(exporter(family, target))
+    module: Any = resolve(family, preset="tiny").eager()
+    allowed = TOLERANCES[f"tiny_logits_{target.removeprefix('cpu-')}"]
+    errors = []
+    for length in (1, 2, 23, 24, 61, 130):
+        tokens = np.random.default_rng(length).integers(0, module.vocab_size, length)
+        want = module(torch.from_numpy(tokens)[None])[0][0].numpy()
+        got = bundle.stream().feed(tokens)[0]
+        assert got.shape == want.shape
+        errors.append(float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))))
+    assert max(sorted(errors)[: math.ceil(share * len(errors))]) < allowed, errors
+    assert max(bundle.manifest.checks["parity"].values()) < TOLERANCES["model_fp32"]
+    assert "chunk_law" in bundle.manifest.checks
 
 
 def role(family: Family, config: Any, name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chunk_form import check_gradients, check_init, error, role
+from chunk_form import TARGETS, check_gradients, check_init, check_whole_export, error, role
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -182,3 +182,8 @@ def test_roles_and_sizes() -> None:
         with torch.device("meta"):
             count = sum(p.numel() for p in FAMILY.train_form(FAMILY.presets[preset]).parameters())
         assert count == pytest.approx(millions * 1e6, rel=0.06)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_exports(exporter: Any, target: str) -> None:
+    check_whole_export(exporter, "monarch_mixer", target)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import check_gradients, check_init, error, random_model, role
+from chunk_form import TARGETS, check_gradients, check_init, check_whole_export, error, random_model, role
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -210,3 +210,8 @@ def test_impossible_sizes_are_refused(change: dict[str, Any]) -> None:
 def test_roles() -> None:
     assert role(FAMILY, TINY, "reformer.encoder.layers.1.attention.self_attention.query_key.weight") == "gate"
     assert role(FAMILY, TINY, "reformer.encoder.layers.1.attention.output.dense.weight") == "projection"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_exports(exporter: Any, target: str) -> None:
+    check_whole_export(exporter, "reformer", target, 1.0 if target == "cpu-fp32" else 0.8)
