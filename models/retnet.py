@@ -25,6 +25,10 @@ head outputs of 1e-3 and less, as weights that were never trained give.)
 Precision: angles are exact at any distance (models/_rotary.py). Rounding theta to 2^-33 turns moves the angle
 between tokens n and m by (n-m) * 7e-10 rad, and the decay ends at n-m of some thousands.
 
+Forms: linear_recurrence is one node for every T. Its kernel goes token by token, and with 128 keys a head or more
+(the paper's sizes) by equation 7, 32 tokens at a time: measured figures are in ops/linear_recurrence/README.md.
+Equation 7 in PyTorch is the training form, RetNetTrain.
+
 State: ``layers.<i>.retention`` [B,H,K,V] float32, ``position`` [1] int64 (shared by the batch).
 """
 
@@ -327,6 +331,12 @@ _TORCHSCALE = (
     ("layer_norm.", "norm."),
 )
 _HEADS = "retnet_rel_pos.decay"
+#: options of torchscale that change the function and are not computed here, by what their keys contain
+_OTHERS = {
+    "a norm behind its embedding": "layernorm_embedding.",
+    "a mixture of experts": ".moe_layer.",
+    "multiway networks": ".q_proj.A.",
+}
 
 
 def _layout(raw: RawCheckpoint) -> str | None:
@@ -352,6 +362,10 @@ def _load_torchscale(raw: RawCheckpoint) -> LoadedModel:
     """torchscale's decoder with normalisation before each block, its default; sizes from the shapes."""
     prefix = next(key for key in raw.tensors if key.endswith(_HEADS)).removesuffix(_HEADS)
     found = {k.removeprefix(prefix): v for k, v in raw.tensors.items() if k.startswith(prefix)}
+    for what, mark in _OTHERS.items():
+        hit = next((k for k in found if mark in k), None)
+        if hit is not None:
+            raise CheckpointError(f"a RetNet with {what} can't be read", got=f"{hit!r} in {raw.path.name}")
     first = ("retention.v_proj.weight", "ffn.fc1.weight", "retention_layer_norm.weight")
     needed = ("embed_tokens.weight", "layer_norm.weight", *(f"layers.0.{k}" for k in first))
     require_keys(raw, tuple(prefix + key for key in needed), "retnet (torchscale)")

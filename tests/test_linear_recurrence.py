@@ -97,6 +97,28 @@ def test_any_cut_gives_the_same(library: Path, T: int, data: st.DataObject) -> N
     assert worst([np.concatenate(outs, 1), state], want) <= TOLERANCES["op_fp32"]
 
 
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize(("T", "K"), [(8, 128), (32, 130), (77, 129), (100, 256)])
+def test_products_of_many_tokens(library: Path, isa: str, T: int, K: int) -> None:
+    """One decay a head and many keys: chunks of 32 tokens, some decays that leave nothing of what was."""
+    x = inputs(1, T, 2, K, 64, a_key=False)
+    x["decay"][:, T // 2 : T // 2 + 3] -= 700
+    got = kernel(NAME, x, library, isa, heads=2, scale=K**-0.5)
+    out, state = linear_recurrence(*(torch.from_numpy(a).double() for a in x.values()), 2, K**-0.5)
+    assert worst(got, {"out": out.numpy(), "new_state": state.numpy()}) <= TOLERANCES["op_fp32"]
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "decay"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_no_strange_number_gets_to_earlier_tokens(library: Path, name: str, value: float) -> None:
+    x = inputs(1, 40, 1, 128, 32, a_key=False)
+    want = kernel(NAME, x, library, heads=1, scale=SCALE)[0]
+    x[name][0, 21, 0] = value
+    np.testing.assert_allclose(
+        kernel(NAME, x, library, heads=1, scale=SCALE)[0][:, :21], want[:, :21], atol=1e-4, rtol=1e-5
+    )
+
+
 def test_threads_change_nothing(library: Path) -> None:
     x = inputs(2, 300, 4, 32, 32, a_key=True)
     one, two = (kernel(NAME, x, library, threads=n, heads=4, scale=SCALE) for n in (1, 2))

@@ -293,6 +293,17 @@ def test_torchscale_checkpoint(
         assert_same([module(x, *fresh(module, 2))[0]], [oracle(x)[0]], TOLERANCES["oracle_fp32"])
 
 
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [("layernorm_embedding.weight", "norm behind"), ("layers.0.moe_layer.gate.wg.weight", "experts")],
+)
+def test_other_options_of_torchscale_are_refused(tmp_path: Path, key: str, text: str) -> None:
+    """They would change the function, and nothing else in the file says so."""
+    save_file({"retnet_rel_pos.decay": torch.zeros(2), key: torch.ones(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=text):
+        FAMILY.load(open_checkpoint(tmp_path / "a.safetensors"))
+
+
 @pytest.mark.oracle
 def test_torchscale_with_norms_behind_is_refused(
     tmp_path: Path, torchscale_decoder: Callable[..., nn.Module]
