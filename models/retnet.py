@@ -25,9 +25,9 @@ head outputs of 1e-3 and less, as weights that were never trained give.)
 Precision: angles are exact at any distance (models/_rotary.py). Rounding theta to 2^-33 turns moves the angle
 between tokens n and m by (n-m) * 7e-10 rad, and the decay ends at n-m of some thousands.
 
-Forms: linear_recurrence is one node for every T. Its kernel goes token by token, and with 128 keys a head or more
-(the paper's sizes) by equation 7, 32 tokens at a time: measured figures are in ops/linear_recurrence/README.md.
-Equation 7 in PyTorch is the training form, RetNetTrain.
+Forms: linear_recurrence is one node for every T. Its kernel goes token by token, and with 128 keys a head
+or more (the paper's sizes) by equation 7, 32 tokens at a time: measured figures are in
+ops/linear_recurrence/README.md. Equation 7 in PyTorch is the training form, RetNetTrain.
 
 State: ``layers.<i>.retention`` [B,H,K,V] float32, ``position`` [1] int64 (shared by the batch).
 """
