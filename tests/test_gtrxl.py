@@ -1,0 +1,226 @@
+"""GTrXL: another implementation (golden tensors), the equations, the chunk law, exports, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chunk_form import (
+    TARGETS,
+    check_cuts,
+    check_export,
+    check_gradients,
+    check_init,
+    error,
+    new_state,
+    operators,
+    random_model,
+    role,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tolerances import TOLERANCES
+from torch import Tensor
+
+from xexport.core.checkpoint import open_checkpoint
+from xexport.core.errors import CheckpointError, InputError
+from xexport.core.registry import get_family
+from xexport.models.gtrxl import Gtrxl, GtrxlConfig, GtrxlTraining
+
+FAMILY = get_family("gtrxl")
+TINY: GtrxlConfig = FAMILY.presets["tiny"]
+
+
+def trained(config: GtrxlConfig = TINY, seed: int = 0) -> GtrxlTraining:
+    """The training form with weights of which none is zero."""
+    module: GtrxlTraining = FAMILY.train_form(config)
+    FAMILY.init(module, seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return module.eval().requires_grad_(False)
+
+
+def chunk_form(module: GtrxlTraining) -> Gtrxl:
+    """The chunk form of the same weights."""
+    made: Gtrxl = FAMILY.build(module.config).eval().requires_grad_(False)
+    made.load_state_dict(FAMILY.from_training(module.config, module.state_dict()))
+    return made
+
+
+def gated(w: dict[str, Tensor], name: str, x: Tensor, y: Tensor) -> Tensor:
+    """The gate of [1], section 3.2."""
+    w_r, w_z, w_g = w[f"{name}.of_branch.weight"].chunk(3)
+    u_r, u_z = w[f"{name}.of_stream.weight"].chunk(2)
+    r, z = (torch.sigmoid(a @ y + b @ x - c) for a, b, c in ((w_r, u_r, 0), (w_z, u_z, w[f"{name}.bias"])))
+    return (1 - z) * x + z * torch.tanh(w_g @ y + w[f"{name}.of_reset.weight"] @ (r * x))
+
+
+def normed(w: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Tensor:
+    centred = x - x.mean()
+    return centred / (centred.square().mean() + eps).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def by_equations(module: GtrxlTraining, x: Tensor) -> Tensor:
+    """One layer of x [T,d], one token, head and distance at a time, in double precision."""
+    c = module.config
+    w = {k.removeprefix("layers.0."): v.double() for k, v in module.state_dict().items()}
+    a = {k.removeprefix("attention."): v for k, v in w.items() if k.startswith("attention.")}
+    z = [normed(w, "attention_norm", row, c.eps) for row in x.double()]
+    rates = torch.tensor([10000 ** (-2 * i / c.width) for i in range(c.width // 2)], dtype=torch.float64)
+    rows = []
+    for t, row in enumerate(x.double()):
+        heads = []
+        for h in range(c.heads):
+            part = slice(h * c.size, (h + 1) * c.size)
+            q, k, v, r = (a[f"{name}_proj.weight"][part] for name in "qkvr")
+            scores, values = [], []
+            for s in range(max(0, t - c.memory), t + 1):
+                place = torch.cat(((rates * (t - s)).sin(), (rates * (t - s)).cos()))
+                score = (q @ z[t] + a["u"][part]) @ (k @ z[s]) + (q @ z[t] + a["v"][part]) @ (r @ place)
+                scores.append(score / math.sqrt(c.size))
+                values.append(v @ z[s])
+            heads.append(torch.stack(scores).softmax(0) @ torch.stack(values))
+        y = gated(w, "attention_gate", row, (a["o_proj.weight"] @ torch.cat(heads)).relu())
+        f = (w["fc1.weight"] @ normed(w, "ffn_norm", y, c.eps) + w["fc1.bias"]).relu()
+        rows.append(gated(w, "ffn_gate", y, (w["fc2.weight"] @ f + w["fc2.bias"]).relu()))
+    return torch.stack(rows).float()
+
+
+def layers(module: Gtrxl, x: Tensor) -> Tensor:
+    """All blocks of x [B,T,d] in place of embedded tokens, without the head."""
+    identity = torch.nn.Identity()
+    module.embed, module.head = identity, identity  # type: ignore[assignment]
+    out: Tensor = module(x, *new_state(module, x.shape[0]))[0]
+    return out
+
+
+@pytest.mark.oracle
+def test_formulas_of_the_papers() -> None:
+    module = trained(dataclasses.replace(TINY, layers=1))
+    x = torch.randn(25, 32)
+    assert error(layers(chunk_form(module), x[None])[0], by_equations(module, x)) < TOLERANCES["oracle_fp32"]
+
+
+@pytest.mark.oracle
+def test_another_implementation() -> None:
+    path = Path(__file__).parent / "golden" / "gtrxl.npz"
+    golden = {k: torch.from_numpy(v) for k, v in np.load(path).items()}
+    module = FAMILY.train_form(GtrxlConfig(5, 12, 2, 3, head_size=5, ffn=10, memory=20))
+    tensors = dict(module.state_dict())
+    for i in range(2):
+        to, w = f"layers.{i}.", {k: v for k, v in golden.items() if k.startswith(f"weight.layers.{i}.")}
+        w = {k.removeprefix(f"weight.layers.{i}."): v for k, v in w.items()}
+        k, v = w["mha.linear_kv.weight"].chunk(2)
+        q, r, o = (w[f"mha.{name}.weight"] for name in ("linear_q", "linear_p", "lout"))
+        for name, value in (("q", q), ("k", k), ("v", v), ("r", r), ("o", o)):
+            tensors[f"{to}attention.{name}_proj.weight"] = value
+        for ours, theirs in (("attention_norm", "norm1"), ("ffn_norm", "norm2"), ("fc1", "ff.ff.0")):
+            for leaf in ("weight", "bias"):
+                tensors[f"{to}{ours}.{leaf}"] = w[f"{theirs}.{leaf}"]
+        for leaf in ("weight", "bias"):
+            tensors[f"{to}fc2.{leaf}"] = w[f"ff.ff.3.{leaf}"]
+        for ours, theirs in (("attention_gate", "gate1"), ("ffn_gate", "gate2")):
+            for part, names in (("branch", ("Wr", "Wz", "Wg")), ("stream", ("Ur", "Uz")), ("reset", ("Ug",))):
+                tensors[f"{to}{ours}.of_{part}.weight"] = torch.cat(
+                    [w[f"{theirs}.{n}.weight"] for n in names]
+                )
+            tensors[f"{to}{ours}.bias"] = torch.full((12,), 0.1)
+        for name in "uv":
+            tensors[f"{to}attention.{name}"] = golden[f"weight.{name}"].flatten()
+    module.load_state_dict(tensors)
+    got = layers(chunk_form(module.requires_grad_(False)), golden["in"])
+    assert error(got, golden["out"]) < TOLERANCES["oracle_fp32"]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 23), min_size=1, max_size=4),
+    seed=st.integers(0, 50),
+)
+def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int], seed: int) -> None:
+    check_cuts(random_model(FAMILY, TINY, seed), batch, lengths)
+
+
+def test_training_form_is_the_chunk_form_from_the_first_state() -> None:
+    module = trained()
+    made, tokens = chunk_form(module), torch.randint(0, 29, (2, 37))
+    assert error(module(tokens), made(tokens, *new_state(made, 2))[0]) < TOLERANCES["model_fp32"]
+
+
+def test_every_parameter_gets_a_gradient_and_init_depends_on_the_seed_alone() -> None:
+    check_gradients(FAMILY, TINY)
+    check_init(FAMILY, TINY)
+
+
+def test_a_token_beyond_the_memory_has_no_effect() -> None:
+    """Two layers of memory 9 reach 18 tokens back."""
+    module = chunk_form(trained())
+    tokens = torch.randint(0, 29, (1, 40))
+    other = tokens.clone()
+    other[0, 20] = (other[0, 20] + 1) % 29
+    change = (module(tokens, *new_state(module, 1))[0] - module(other, *new_state(module, 1))[0]).abs()
+    affected = change.amax(-1)[0] > 0
+    assert bool(affected[20:39].all())
+    assert not bool(affected[:20].any())
+    assert not bool(affected[39:].any())
+
+
+def test_export_has_dynamic_axes_and_no_loop() -> None:
+    assert not any("scan" in name or "while" in name for name in operators(FAMILY, TINY))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
+    check_export(exporter, "gtrxl", target)
+
+
+def test_own_checkpoint_loads(tmp_path: Path) -> None:
+    module = trained()
+    metadata = {"xexport.layout": "training", "xexport.config": json.dumps(dataclasses.asdict(TINY))}
+    for family in ("gtrxl", "retnet"):
+        path = tmp_path / f"{family}.safetensors"
+        save_file(module.state_dict(), path, {**metadata, "xexport.family": family})
+    raw = open_checkpoint(tmp_path / "gtrxl.safetensors")
+    assert FAMILY.recognise(raw)
+    loaded = FAMILY.load(raw)
+    assert loaded.config == TINY
+    want = chunk_form(module).state_dict()
+    assert all(torch.equal(loaded.tensors[k], v) for k, v in want.items())
+    with pytest.raises(CheckpointError, match="not a GTrXL checkpoint"):
+        FAMILY.load(open_checkpoint(tmp_path / "retnet.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"), [({"memory": 0}, "too small"), ({"heads": 5}, "multiple of its heads")]
+)
+def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        dataclasses.replace(TINY, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("embed.weight", "embedding"),
+        ("head.weight", "head"),
+        ("layers.0.attention_norm.bias", "norm"),
+        ("layers.0.attention_gate.bias", "gate"),
+        ("layers.1.ffn_gate.of_branch.weight", "projection"),
+        ("layers.1.attention.relative", "filter"),
+        ("layers.1.attention.k_proj.weight", "projection"),
+        ("layers.1.attention.u", "other"),
+        ("layers.0.fc1.weight", "projection"),
+    ],
+)
+def test_roles(name: str, wanted: str) -> None:
+    assert role(FAMILY, TINY, name) == wanted
