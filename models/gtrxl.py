@@ -23,7 +23,7 @@ there is nothing in it: rows that hold no token are not seen.
 The chunk form holds W_R R_j for j = 0 .. M as a table, made in double precision. [1] has policies on top;
 here a token embedding below and a head for tokens on top, without a norm between.
 
-State: ``layers.<i>.keys``, ``.values`` [B,M,HK], the last in the last row; ``filled`` [1] int64, how many
+State: ``layers.<i>.keys``, ``.values`` [B,H,M,K], the last in the last row; ``filled`` [1] int64, how many
 rows hold a token, shared by the batch. Constant.
 """
 
@@ -139,19 +139,21 @@ class _Attention(nn.Module):
         return self.relative
 
     def forward(self, x: Tensor, places: _Places, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-        """x [B,T,d], keys and values [B,M,HK] -> (y [B,T,d], new keys, new values)."""
+        """x [B,T,d], keys and values [B,H,M,K] -> (y [B,T,d], new keys, new values)."""
         c, length = self.c, x.shape[1]
         q = self.q_proj(x) * c.size**-0.5
-        keys, values = torch.cat((keys, self.k_proj(x)), 1), torch.cat((values, self.v_proj(x)), 1)
-        by_content = self._heads(q + self.u * c.size**-0.5) @ self._heads(keys).transpose(-1, -2)
+        keys = torch.cat((keys, self._heads(self.k_proj(x))), 2)
+        values = torch.cat((values, self._heads(self.v_proj(x))), 2)
+        by_content = self._heads(q + self.u * c.size**-0.5) @ keys.transpose(-1, -2)
         by_distance = self._heads(q + self.v * c.size**-0.5) @ self.table()
         index = places.distance.expand(x.shape[0], c.heads, -1, -1)
         scores = by_content + by_distance.gather(-1, index)
         shares = scores.masked_fill(~places.seen, float("-inf")).softmax(-1)
-        y = (shares @ self._heads(values)).transpose(1, 2).flatten(2)
-        return self.o_proj(y), keys[:, length:], values[:, length:]
+        y = (shares @ values).transpose(1, 2).flatten(2)
+        return self.o_proj(y), keys[:, :, length:], values[:, :, length:]
 
     def _heads(self, x: Tensor) -> Tensor:
+        """[B,T,HK] -> [B,H,T,K]."""
         return torch.unflatten(x, -1, (self.c.heads, -1)).transpose(1, 2)
 
 
@@ -209,7 +211,7 @@ class Gtrxl(nn.Module):
     def state_spec(self) -> list[StateSpec]:
         """Keys and values of every layer, then how many rows hold a token."""
         c = self.config
-        rows: tuple[int | str, ...] = ("B", c.memory, c.inner)
+        rows: tuple[int | str, ...] = ("B", c.heads, c.memory, c.size)
         specs = layer_states(c.layers, {"keys": rows, "values": rows})
         return [*specs, StateSpec("filled", (1,), "int64")]
 
