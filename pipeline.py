@@ -172,6 +172,7 @@ def _export_into(
     """Make the whole bundle in ``output.bundle``."""
     from xexport.evaluate.corpus import read_corpus
     from xexport.evaluate.recorded import REFERENCE_NAME, write_reference
+    from xexport.evaluate.suite import sizes_for
     from xexport.exporter.graph import build_graph, write_graph
     from xexport.exporter.output import require_space
     from xexport.exporter.pages import release_pages
@@ -203,7 +204,8 @@ def _export_into(
     decisions: list[TensorDecision] = []
     if exact:
         decisions = _lower(graph, source, target, output.scratch, refusals, progress)
-    written = write_graph(graph, fp32, target.bodies, target.why, progress)
+    inline = exact and target.inline
+    written = write_graph(graph, fp32, target.bodies, target.why, progress, inline=inline)
 
     progress.stage("verify against PyTorch")
     module = source.eager(lean=True)
@@ -230,7 +232,7 @@ def _export_into(
 
     if not exact:
         decisions = _lower(graph, source, target, output.scratch, refusals, progress)
-        written = write_graph(graph, output.bundle, target.bodies, target.why, progress)
+        written = write_graph(graph, output.bundle, target.bodies, target.why, progress, inline=target.inline)
     # large weights stay in the checkpoint's file until PyTorch is timed, where that would be unfair
     reference = module if source.parameters > _LARGE else source.eager()
     head = source.head if any(v.name == KEEP_INPUT for v in graph.graph.inputs) else None
@@ -246,6 +248,13 @@ def _export_into(
     del graph
 
     bundle = Bundle(output.bundle, manifest)
+    absent = _runtime_absent(target)
+    if absent:
+        bundle = _unrun(bundle, target, absent)
+        sizes = replace(sizes or sizes_for(source.parameters, torch_stream), timed=False)
+    elif target.runtime != "onnxruntime":
+        bundle = _agreed(bundle, progress)
+    manifest = bundle.manifest
     fp32_bundle = bundle if exact else Bundle(output.scratch, exact_manifest)
     _measure(
         bundle,
@@ -258,6 +267,35 @@ def _export_into(
         progress,
     )
     _finish(output.bundle, manifest, progress)
+
+
+def _runtime_absent(target: Target) -> str | None:
+    """Why the target's runtime can't run here, or None."""
+    from xexport.runtimes.doctor import why_not
+
+    return None if target.runtime == "onnxruntime" else why_not(target.runtime, target.provider)
+
+
+def _unrun(bundle: Bundle, target: Target, why: str) -> Bundle:
+    """The bundle with a warning that its own runtime has not run it."""
+    said = (
+        f"not run by {target.runtime}: {why}. Accuracy is that of ONNX Runtime on the same graph; where "
+        f"{target.runtime} is installed, `xexport validate` and `xexport profile` run it"
+    )
+    manifest = msgspec.structs.replace(bundle.manifest, warnings=(*bundle.manifest.warnings, said))
+    _write_manifest(bundle.path, manifest)
+    return Bundle(bundle.path, manifest)
+
+
+def _agreed(bundle: Bundle, progress: Progress) -> Bundle:
+    """The bundle, which its own runtime computes as ONNX Runtime does."""
+    from xexport.evaluate.agree import require_agreement
+
+    progress.stage(f"run it with {bundle.manifest.runtime}")
+    checks = {**bundle.manifest.checks, bundle.manifest.runtime: require_agreement(bundle)}
+    manifest = msgspec.structs.replace(bundle.manifest, checks=checks)
+    _write_manifest(bundle.path, manifest)
+    return Bundle(bundle.path, manifest)
 
 
 def _lower(
@@ -299,10 +337,12 @@ def _measure(
 
     sizes = sizes or suite.sizes_for(bundle.manifest.model.parameters, torch_stream)
     setup = suite.setup_for(bundle.manifest, name, corpus)
-    candidates = {"onnx": fp32.stream(), "bundle": bundle.stream()}
+    absent = _runtime_absent(get_target(bundle.manifest.target))
+    runtime = "onnxruntime" if absent else None
+    candidates = {"onnx": fp32.stream(runtime="onnxruntime"), "bundle": bundle.stream(runtime=runtime)}
     rows: list[Record] = suite.accuracy(torch_stream, candidates, corpus, setup, sizes, progress)
     if torch_stream.contract.streams:
-        rows.append(suite.law(bundle.stream(), corpus, setup, sizes, progress))
+        rows.append(suite.law(bundle.stream(runtime=runtime), corpus, setup, sizes, progress))
     if sizes.timed:
         others: dict[str, Runner] = {}
         if to_time is not None:

@@ -27,6 +27,8 @@ class Target:
         opset: ai.onnx operator set of the graph.
         fuse: passes that put this project's own operators in the place of standard ones, in order: files
             in exporter/passes/.
+        inline: put the operators' bodies in the place of their nodes, for a runtime without local functions.
+        lengths: values of T that a runtime of fixed shapes prepares; longer inputs are fed in them.
         bodies: operator -> variant of its function body; operators not listed use their default.
         provider_options, session_options: passed to the runtime as they are.
         why: reasons for the choices above, shown in the manifest.
@@ -40,6 +42,8 @@ class Target:
     graph_form: str = "dynamic"
     opset: int = 23
     fuse: list[str] = field(default_factory=list)
+    inline: bool = False
+    lengths: list[int] = field(default_factory=list)
     bodies: dict[str, str] = field(default_factory=dict)
     provider_options: dict[str, str] = field(default_factory=dict)
     session_options: dict[str, str] = field(default_factory=dict)
@@ -48,6 +52,9 @@ class Target:
     def row(self) -> dict[str, Any]:
         """The target as plain data."""
         return asdict(self)
+
+
+_TYPES: dict[str, type] = {"str": str, "int": int, "bool": bool, "list[str]": list, "list[int]": list}
 
 
 @cache
@@ -82,7 +89,7 @@ def parse_target(name: str, text: str) -> Target:
     for key, value in row.items():
         if key not in known:
             raise unknown_name(f"key in target {name!r}", key, known)
-        wanted = {"str": str, "int": int, "list[str]": list}.get(str(known[key].type), dict)
+        wanted = _TYPES.get(str(known[key].type), dict)
         if not isinstance(value, wanted):
             raise TargetError(
                 f"key {key!r} of target {name!r} has a wrong type",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from xexport.core.errors import RuntimeFailure
+from xexport.core.manifest import read_manifest
 from xexport.core.records import Memory, Setup
 
 __all__ = ["measure_memory"]
@@ -28,9 +29,10 @@ def peak(process):
     info = process.memory_info()
     return int(getattr(info, "peak_wset", info.rss))
 
-import numpy, onnxruntime
+import importlib, numpy
 import xexport
-folder, count = sys.argv[1], int(sys.argv[2])
+folder, count, runtime = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+importlib.import_module(runtime)
 load = xexport.load
 process = psutil.Process()
 start = process.memory_info().rss
@@ -74,7 +76,7 @@ def measure_memory(
     Raises:
         RuntimeFailure: the process failed or did not finish in time.
     """
-    command = [sys.executable, "-c", _CHILD, str(bundle), str(tokens)]
+    command = [sys.executable, "-c", _CHILD, str(bundle), str(tokens), read_manifest(bundle).runtime]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections import defaultdict
-from collections.abc import Sequence
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 
 from xexport.core.errors import RuntimeFailure
 from xexport.core.records import OpTime, OpTimes, Setup
+from xexport.runtimes.engine import Cell
 
 __all__ = ["parse_profile", "profile_ops"]
 
@@ -89,23 +92,55 @@ def profile_ops(
     carried = contract.streams and per_call == spec.multiple
     if carried and contract.max_tokens is not None:
         steps = min(steps, max(contract.max_tokens // per_call - warmup, 1))
-    with tempfile.TemporaryDirectory(prefix="xexport-profile-") as folder:
-        engine = open_engine(bundle, manifest, threads=threads, profile_prefix=Path(folder) / "profile")
-        cell = engine.cell(1)
+    form = "step" if carried else "prefill" if contract.streams else "whole"
+
+    def calls(cell: Cell) -> Iterator[int]:
+        """Nanoseconds of each call after the warm-up."""
         for index in range(warmup + steps):
             if index == 0 or not carried:
                 cell.reset()
             at = index * per_call
             values = np.take(source, range(at, at + per_call), axis=0, mode="wrap")
+            began = time.perf_counter_ns()
             cell.run(np.ascontiguousarray(values[None]), 1 if contract.streams else 0)
-        written = Path(engine.session.end_profiling())
-        return parse_profile(
-            written,
-            setup=setup,
-            form="step" if carried else "prefill" if contract.streams else "whole",
-            tokens_per_call=per_call,
-            skip=warmup,
+            if index >= warmup:
+                yield time.perf_counter_ns() - began
+
+    if manifest.runtime != "onnxruntime":
+        engine = import_module(f"xexport.runtimes.{manifest.runtime}").open_engine(
+            bundle, manifest, threads=threads, profile=True
         )
+        return _node_times(engine.cell(1), calls, manifest.provider, setup, form, per_call)
+    with tempfile.TemporaryDirectory(prefix="xexport-profile-") as folder:
+        engine = open_engine(bundle, manifest, threads=threads, profile_prefix=Path(folder) / "profile")
+        for _ in calls(engine.cell(1)):
+            pass
+        written = Path(engine.session.end_profiling())
+        return parse_profile(written, setup=setup, form=form, tokens_per_call=per_call, skip=warmup)
+
+
+def _node_times(
+    cell: Any,
+    calls: Callable[[Cell], Iterator[int]],
+    provider: str,
+    setup: Setup,
+    form: str,
+    per_call: int,
+) -> OpTimes:
+    """By operator, of a cell that tells the time of every node after each call."""
+    nodes: dict[str, set[str]] = defaultdict(set)
+    times: Counter[str] = Counter()
+    runs = []
+    for run in calls(cell):
+        runs.append(run)
+        for name, kind, ns in cell.node_times():
+            if ns:
+                nodes[kind].add(name)
+                times[kind] += ns
+    ops = tuple(
+        OpTime(op, provider, len(nodes[op]), len(nodes[op]) * len(runs), ns) for op, ns in times.most_common()
+    )
+    return OpTimes(setup, form, len(runs), per_call, ops, tuple(runs))
 
 
 def _events(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import InlinePass
 
 from xexport.core.contract import Contract
 from xexport.core.manifest import FileEntry, GraphTensor, Lowering
@@ -62,9 +63,16 @@ def write_graph(
     bodies: Mapping[str, str],
     why: Mapping[str, str],
     progress: Progress,
+    *,
+    inline: bool = False,
 ) -> Written:
-    """Attach the operators' bodies and write graph and weights."""
+    """Attach the operators' bodies and write graph and weights.
+
+    With ``inline`` the bodies take the place of their nodes, for a runtime without local functions.
+    """
     lowerings = attach_functions(model, bodies, why)
+    if inline:
+        InlinePass()(model)
     files = write_model(model, folder, progress)
     return Written(tuple(files), tuple(lowerings))
 

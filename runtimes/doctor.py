@@ -15,7 +15,7 @@ from xexport.core.errors import XexportError
 from xexport.core.target import get_target, target_names
 from xexport.runtimes.native import find_native
 
-__all__ = ["facts"]
+__all__ = ["facts", "why_not"]
 
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "optimum", "plotly")
 _ISA = (
@@ -38,7 +38,7 @@ def facts() -> dict[str, Any]:
     import xexport
 
     native = find_native()
-    packages = {name: _version(name) for name in ("onnxruntime", "numpy", *_EXPORT_PACKAGES)}
+    packages = {name: _version(name) for name in ("onnxruntime", "openvino", "numpy", *_EXPORT_PACKAGES)}
     missing = [
         name for name in ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors") if not packages[name]
     ]
@@ -120,12 +120,13 @@ def _target(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "description": target.description,
-        "runs_here": (why := _why_not(target.runtime, target.provider)) is None,
+        "runs_here": (why := why_not(target.runtime, target.provider)) is None,
         "why_not": why,
     }
 
 
-def _why_not(runtime: str, provider: str) -> str | None:
+def why_not(runtime: str, provider: str) -> str | None:
+    """Why a runtime with one of its providers can't run here, or None if it can."""
     module = f"xexport.runtimes.{runtime}"
     if find_spec(module) is None:
         return f"this xexport has no runtime {runtime!r}"

@@ -27,6 +27,7 @@ from xexport.runtimes.state_buffers import StateBuffers, aligned, check_appended
 __all__ = ["OrtCell", "OrtEngine", "WholeCell", "open_engine", "unavailable"]
 
 Array = npt.NDArray[Any]
+_CPU = "CPUExecutionProvider"
 _OLDEST = (1, 23)  # the first with every operator of opset 23; 1.22.1 refuses the graph
 
 
@@ -65,10 +66,13 @@ def open_engine(
     """
     import onnxruntime as ort
 
-    why = unavailable(manifest.provider)
+    # a bundle of another runtime names that one's devices: it runs here on the CPU
+    own = manifest.runtime == "onnxruntime"
+    provider = manifest.provider if own else _CPU
+    why = unavailable(provider)
     if why is not None:
         raise RuntimeFailure(
-            f"the bundle is for {manifest.provider}, which can't run here",
+            f"the bundle is for {provider}, which can't run here",
             got=why,
             fix="run it where that provider is installed, or export for a target `xexport doctor` can run",
         )
@@ -78,7 +82,7 @@ def open_engine(
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
-    providers = [(manifest.provider, _options_of(manifest, "provider_options"))]
+    providers = [(provider, _options_of(manifest, "provider_options") if own else {})]
     began = time.perf_counter()
     try:
         session = ort.InferenceSession(
@@ -120,7 +124,7 @@ class OrtEngine:
 
         A function body is no such thing: it may read the old value after it has written the new one.
         """
-        if self.native.path is None or self.manifest.provider != "CPUExecutionProvider":
+        if self.native.path is None or self.manifest.provider != _CPU:
             return frozenset()
         able = self.native.in_place
         return frozenset(s.name for s in self.manifest.state if s.appended and s.appended.op in able)

@@ -123,7 +123,9 @@ class OpenVinoEngine:
                 model = self.core.read_model(self.path)
                 model.reshape(_shapes(model, self.manifest, batch, length))
                 _make_stateful(model, self.manifest)
-                self._compiled[key] = self.core.compile_model(model, self.manifest.provider, dict(self.config))
+                self._compiled[key] = self.core.compile_model(
+                    model, self.manifest.provider, dict(self.config)
+                )
             except RuntimeError as error:
                 raise _refused(error, f"compile [B={batch}, T={length}] of") from error
         return self._compiled[key]
@@ -142,7 +144,7 @@ class OpenVinoCell:
         manifest = engine.manifest
         self._engine, self._batch, self._contract = engine, batch, manifest.model.contract
         self._specs = [StateSpec(s.name, s.shape, s.dtype, s.init) for s in manifest.state]
-        self._whole = {s.name: (s.output, s.init) for s in manifest.state if s.dtype == "int64"}
+        self._whole = {s.name: s.output for s in manifest.state if s.dtype == "int64"}
         self._integers: dict[str, Array] = {}
         self._requests: dict[int, Any] = {}
         self._variables: dict[int, dict[str, Any]] = {}
@@ -200,7 +202,7 @@ class OpenVinoCell:
         request = self._request(inputs.shape[1])
         feeds: dict[str, Any] = {self._contract.inputs.name: np.ascontiguousarray(inputs), **self._integers}
         found = request.infer(feeds, share_inputs=False)
-        self._integers = {name: found[output].copy() for name, (output, _) in self._whole.items()}
+        self._integers = {name: found[output].copy() for name, output in self._whole.items()}
         logits: npt.NDArray[np.float32] = found["logits"].copy()
         return logits
 

@@ -167,7 +167,7 @@ def check_export(exporter: Any, family: str, target: str) -> None:
     at_once = stream.feed(tokens)[0]
     stream.reset()
     steps = np.concatenate([stream.feed([t])[0] for t in tokens])
-    allowed = TOLERANCES[f"tiny_logits_{target.removeprefix('cpu-')}"]
+    allowed = TOLERANCES[f"tiny_logits_{bundle.manifest.precision}"]
     for got in (at_once, steps):
         assert got.shape == want.shape
         assert float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))) < allowed

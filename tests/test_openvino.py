@@ -1,0 +1,111 @@
+"""OpenVINO: streams equal ONNX Runtime's, state moves between lengths, wrong numbers are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chunk_form import check_export
+from tolerances import TOLERANCES
+
+import xexport
+from xexport.core.errors import ExportError, RuntimeFailure
+from xexport.core.manifest import read_manifest
+from xexport.runtimes.bundle import Bundle
+
+pytest.importorskip("openvino", reason="openvino is not installed")
+
+
+@pytest.fixture(scope="module")
+def mamba(exporter: Any) -> Bundle:
+    """Lengths of 1, 8 and 64 are prepared."""
+    return xexport.load(exporter("mamba", "openvino-fp32"))
+
+
+def tokens(count: int, batch: int = 1) -> Any:
+    return np.random.default_rng(5).integers(0, 29, (batch, count))
+
+
+def near(got: Any, want: Any) -> bool:
+    return bool(np.abs(got - want).max() < TOLERANCES["model_fp32"] * max(1.0, np.abs(want).max()))
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv4"])
+def test_bundle_is_pytorch(exporter: Any, family: str) -> None:
+    check_export(exporter, family, "openvino-fp32")
+
+
+def test_any_cut_is_onnxruntime(mamba: Bundle) -> None:
+    """Two sequences, cut so that every length is used and the state goes from one to another and back."""
+    x = tokens(150, batch=2)
+    want, got = mamba.stream(2, runtime="onnxruntime"), mamba.stream(2)
+    whole = want.feed(x)
+    for part in np.split(x, [1, 74, 75, 84, 149], axis=1):
+        at = got.position
+        piece = got.feed(part)
+        assert (
+            np.abs(piece - whole[:, at : at + part.shape[1]]).max()
+            < TOLERANCES["model_fp32"] * np.abs(whole).max()
+        )
+    for name, value in want.state().items():
+        assert np.abs(got.state()[name] - value).max() < TOLERANCES["model_fp32"] * max(
+            1.0, np.abs(value).max()
+        )
+
+
+def test_a_saved_state_goes_on_in_another_stream(mamba: Bundle) -> None:
+    x = tokens(30)
+    one, other = mamba.stream(), mamba.stream()
+    one.feed(x[:, :13])
+    saved = one.save()
+    want = one.feed(x[:, 13:])
+    other.feed(x[:, 5:9])
+    other.restore(saved)
+    assert np.array_equal(other.feed(x[:, 13:]), want)
+    one.reset()
+    assert all(not value.any() for value in one.state().values())
+
+
+def test_only_the_last_positions_are_returned_if_asked(mamba: Bundle) -> None:
+    x = tokens(11)
+    whole = mamba.stream().feed(x)
+    assert np.array_equal(mamba.stream().feed(x, keep=2), whole[:, -2:])
+
+
+def test_the_graph_has_no_local_functions(mamba: Bundle) -> None:
+    import onnx
+
+    graph = onnx.load(mamba.path / "model.onnx", load_external_data=False)
+    assert not graph.functions
+    assert {n.domain for n in graph.graph.node} <= {"", "ai.onnx"}
+    assert mamba.manifest.checks["openvino"]["error"] < TOLERANCES["model_fp32"] * 10
+
+
+def test_other_numbers_are_refused(exporter: Any, tmp_path: Path) -> None:
+    """The plugin computes int64 as int32, which rotations in fixed-point arithmetic do not survive."""
+    with pytest.raises(ExportError, match="something else than ONNX Runtime") as caught:
+        exporter.export("transformer", "openvino-fp32", tmp_path / "out", preset="tiny")
+    assert "layers." in str(caught.value.got)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_openvino_the_bundle_is_written_and_says_that_it_was_not_run(
+    exporter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "xexport.runtimes.doctor.find_spec", lambda name: None if name == "openvino" else True
+    )
+    path = exporter.export("mamba", "openvino-fp32", tmp_path / "out", preset="tiny")
+    said = [w for w in read_manifest(path).warnings if "not run by openvino" in w]
+    assert len(said) == 1
+    assert "xexport profile" in said[0]
+
+
+def test_a_device_that_is_not_there(mamba: Bundle, tmp_path: Path) -> None:
+    import msgspec
+
+    manifest = msgspec.structs.replace(mamba.manifest, provider="NPU9")
+    with pytest.raises(RuntimeFailure, match="NPU9"):
+        Bundle(mamba.path, manifest).stream()
