@@ -224,6 +224,8 @@ def run(
 
     The text streams to stdout, the speed follows on stderr. Needs no torch. Of a recording the letters'
     ids are written (greedy CTC), in a streaming model chunk by chunk as it would come from a microphone.
+    A model of whole sequences can't generate: of it the likeliest tokens at every position are printed,
+    --top-k of them.
 
     \b
     xexport run rwkv-cpu-int8 --prompt "Call me " --temperature 0.8 --top-p 0.9 --seed 0
@@ -245,6 +247,12 @@ def run(
     stream = load(bundle, verify=not no_verify).stream(threads=threads)
     if ids:
         stream.tokenizer = NoTokenizer()
+    if not stream.contract.streams:
+        from xexport.runtimes.predict import predict
+
+        prompt_ids = parse_ids(text) if ids else stream.tokenizer.encode(text)
+        _print("predict", {"positions": predict(stream, prompt_ids, top_k or 5)}, as_json)
+        return
     generation = stream.generate(
         parse_ids(text) if ids else text, max_tokens, temperature, top_p, top_k, seed, stop or None
     )

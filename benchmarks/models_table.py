@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import xexport
+from xexport.core.contract import Contract, contract_of
 from xexport.core.errors import XexportError
 from xexport.core.manifest import read_manifest
 from xexport.core.progress import for_terminal
@@ -46,7 +47,8 @@ _SIZES = Sizes(256, 256, chunk_tokens=24, steps=10, prefill=(16,), positions=(),
 def state_bytes(family: Any, config: Any) -> int:
     """Bytes of one stream's state."""
     with torch.device("meta"):
-        specs = family.build(config).state_spec()
+        module = family.build(config)
+        specs = module.state_spec() if contract_of(module, family.form).streams else ()
     return sum(_BYTES[s.dtype] * torch.Size(state_shape(s, 1)).numel() for s in specs)
 
 
@@ -134,7 +136,7 @@ def row(name: str, options: argparse.Namespace, before: Mapping[str, Any]) -> di
     bundles = exported(name, options.folder, options.export) if options.folder else {}
     made: dict[str, Any] = {
         "title": family.title,
-        "form": _form(module, state_bytes(family, config)),
+        "form": _form(module, contract_of(module, family.form)),
         "state": {
             "note": family.state_note,
             "preset": preset,
@@ -147,7 +149,8 @@ def row(name: str, options: argparse.Namespace, before: Mapping[str, Any]) -> di
     }
     if bundles:
         made |= {"operators": operators(list(bundles.values())), "targets": sorted(bundles)}
-        made["chunk_error"] = max(read_manifest(b).checks["chunk_error_onnx"] for b in bundles.values())
+        errors = [read_manifest(b).checks.get("chunk_error_onnx") for b in bundles.values()]
+        made["chunk_error"] = max((e for e in errors if e is not None), default=None)
     rows = json.loads(options.oracles.read_text("utf-8")).get(name, []) if options.oracles else []
     if rows:
         made["oracles"] = {
@@ -158,9 +161,9 @@ def row(name: str, options: argparse.Namespace, before: Mapping[str, Any]) -> di
     return {**before, **made}
 
 
-def _form(module: Any, size: int) -> str:
-    if not size:
-        return "whole sequence"
+def _form(module: Any, contract: Contract) -> str:
+    if not contract.streams:
+        return "whole sequence, fixed length" if contract.fixed_length else "whole sequence"
     return "stream, bounded" if getattr(module, "max_tokens", None) else "stream, constant state"
 
 

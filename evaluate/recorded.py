@@ -97,7 +97,8 @@ def write_reference(path: Path, runner: Runner, values: NDArray[Any]) -> None:
     contract = runner.contract
     spec = contract.inputs
     budget = max(_MIN, _BUDGET // (4 * runner.vocab_size))
-    count = contract.nearest(min(budget * spec.multiple, max(len(values), 1)))
+    most = budget * spec.multiple if contract.streams else min(budget * spec.multiple, spec.window)
+    count = contract.nearest(min(most, max(len(values), 1)))
     while not (contract.allows(count) and count <= len(values)):
         count -= 1
         if count < 1 or contract.fixed_length is not None:

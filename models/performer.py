@@ -1,4 +1,4 @@
-"""Performer: softmax attention by positive orthogonal random features (FAVOR+), causal, as running sums.
+"""Performer: softmax attention by positive orthogonal random features (FAVOR+), as running sums or whole.
 
 Sources:
     1. Choromanski et al., Rethinking Attention with Performers, arXiv 2009.14794: lemma 1 (positive
@@ -16,16 +16,19 @@ One block (pre-norm): Y = X + A(LN(X)) W_O,  X' = Y + gelu(LN(Y) W_1) W_2. Atten
     relu kernel:     phi(x)_i = relu(w_i.x) + 0.001
 The w_i are rows of orthogonal matrices with lengths of their own, drawn once and stored as weights.
 
-Departure: [2] keeps exp in range by subtracting the largest exponent, of the keys over the whole sequence,
-and adds 1e-4 to every feature. The first looks ahead, and with it the second depends on what comes later: no
-stream can do that. A feature's exponent is at most |w_i|^2/2 (where x = w_i), a constant: here the keys' are
-lowered by a constant so that none is above 60, the queries' by their own largest, and nothing is added. Both
-factors cancel in o_t.
+Departure of the causal form: [2] keeps exp in range by subtracting the largest exponent, of the keys over the
+whole sequence, and adds 1e-4 to every feature. The first looks ahead, and with it the second depends on what
+comes later: no stream can do that. A feature's exponent is at most |w_i|^2/2 (where x = w_i), a constant:
+here the keys' are lowered by a constant so that none is above 60, the queries' by their own largest, and
+nothing is added. Both factors cancel in o_t.
 
-The bidirectional form sees the whole sequence at once and has no place in the chunk form: not done here.
+Bidirectional (``causal=False``, algorithm 1): S and z are sums over all positions of the sequence,
+    o_t = (phi(q_t)^T S) / (phi(q_t)^T z),   S = sum_s phi(k_s) v_s^T,   z = sum_s phi(k_s),
+so there is no stream: the whole-sequence form. There nothing is ahead, and [2] is followed to the letter: the
+keys' exponents are lowered by their largest w_i.x over the sequence, and 1e-4 is added to every feature.
 
-State: ``layers.<i>.sums`` [B,H,M,K+1] float32, S and, in the last column, z; ``position`` [1] int64, shared
-by the batch. Constant in the length of the stream.
+State of the causal form: ``layers.<i>.sums`` [B,H,M,K+1] float32, S and, in the last column, z; ``position``
+[1] int64, shared by the batch. Constant in the length of the stream.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ _KERNELS = ("softmax", "relu")
 #: of a key's exponents: e^60 times 10^9 tokens is a tenth of a percent of float32's range
 _LARGEST = 60.0
 _TINY = 1e-30
+#: to every exponential feature of the bidirectional form, as [2] has it
+_ADDED = 1e-4
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class PerformerConfig:
         kernel: ``softmax`` or ``relu``.
         rope_base: base of the rotation's frequencies.
         eps: epsilon of the layer norms.
+        causal: False is the bidirectional form, which sees whole sequences.
     """
 
     vocab_size: int = 256
@@ -76,6 +82,7 @@ class PerformerConfig:
     kernel: str = "softmax"
     rope_base: float = 10000.0
     eps: float = 1e-5
+    causal: bool = True
 
     def __post_init__(self) -> None:
         sizes = (self.vocab_size, self.width, self.layers, self.heads, self.ffn)
@@ -122,16 +129,23 @@ class _Attention(nn.Module):
         return self.features(rotate(q, rope), True), self.features(rotate(k, rope), False), v
 
     def features(self, x: Tensor, query: bool) -> Tensor:
-        """phi of ``x [B,T,H,K]``, but for a factor: of each query, and one for all keys."""
+        """phi of ``x [B,T,H,K]``, but for a factor: of each query, and one for all keys of a head."""
         x = x * self.c.size**-0.25
         along = x @ self.directions.t()
         if self.c.kernel == "relu":
             return F.relu(along) + 1e-3
         exponent = along - x.square().sum(-1, keepdim=True) * 0.5
+        if not self.c.causal:
+            return (exponent - along.amax(-1 if query else (1, -1), keepdim=True)).exp() + _ADDED
         if query:
             return (exponent - exponent.amax(-1, keepdim=True)).exp()
         largest = self.directions.square().sum(-1).amax(-1) * 0.5
         return (exponent - (largest - _LARGEST).clamp(min=0)).exp()
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Sums over the whole sequence for every query: ``[B,T,H,M]`` twice, ``[B,T,H,K+1]`` -> that."""
+        sums = k.permute(0, 2, 3, 1) @ v.transpose(1, 2)
+        return (q.transpose(1, 2) @ sums).transpose(1, 2)
 
     def finish(self, o: Tensor) -> Tensor:
         """The layer's output from sums over values and features ``o [B,T,H,K+1]``."""
@@ -156,14 +170,16 @@ class _Block(nn.Module):
 
 
 class Performer(nn.Module):
-    """The chunk form: ``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)``."""
+    """``forward(tokens [B,T] int64, *state) -> (logits [B,T,V], *new_state)``; no state if not causal."""
 
     max_tokens: int | None = None
     turns: Tensor
+    form: str
 
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.form = "chunk" if config.causal else "whole"
         self.vocab_size = config.vocab_size
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
@@ -174,6 +190,8 @@ class Performer(nn.Module):
     def state_spec(self) -> list[StateSpec]:
         """The sums per layer, then the position."""
         c = self.config
+        if not c.causal:
+            return []
         shape = ("B", c.heads, c.count, c.size + 1)
         specs = [StateSpec(f"layers.{i}.sums", shape) for i in range(c.layers)]
         return [*specs, StateSpec("position", (1,), "int64")]
@@ -184,6 +202,8 @@ class Performer(nn.Module):
 
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         c = self.config
+        if not c.causal:
+            return (self.whole(tokens),)
         *sums, position = state
         batch, length = tokens.shape
         rope = self.angles(position + torch.arange(length, device=tokens.device))
@@ -197,16 +217,29 @@ class Performer(nn.Module):
             x = block.ffn(x + block.attention.finish(torch.unflatten(o, -1, (c.heads, -1))))
         return self.head(self.norm(x)), *after, position + length
 
+    def whole(self, tokens: Tensor) -> Tensor:
+        """The bidirectional form: tokens ``[B,T]`` -> logits ``[B,T,V]``."""
+        rope = self.angles(torch.arange(tokens.shape[1], device=tokens.device))
+        x = self.embed(tokens)
+        for block in self.blocks():
+            attention = block.attention
+            o = attention.whole(*attention.terms(block.attention_norm(x), rope))
+            x = block.ffn(x + attention.finish(o))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin ``[T,1,K/2]`` of the rotation at int64 positions ``[T]``: exact, as RetNet's."""
         return rope_angles(self.turns, positions, self.norm.weight.dtype)
 
 
 class PerformerTrain(Performer):
-    """The training form: ``forward(tokens [B,T]) -> logits [B,T,V]``, differentiable, in chunks."""
+    """The training form: ``forward(tokens [B,T]) -> logits [B,T,V]``, differentiable, in chunks if causal."""
 
     def forward(self, tokens: Tensor, *state: Tensor) -> Tensor:  # type: ignore[override]
         c = self.config
+        if not c.causal:
+            return self.whole(tokens)
         rope = self.angles(torch.arange(tokens.shape[1], device=tokens.device))
         x = self.embed(tokens)
         for block in self.blocks():
@@ -274,7 +307,7 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
             "this is not a Performer checkpoint that can be read",
             got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
             allowed="a safetensors file from xexport's own training",
-            fix="published Performers look ahead in their keys' normaliser: they can't be streamed",
+            fix="published causal Performers look ahead in their keys' normaliser: they can't be streamed",
         )
     with torch.device("meta"):
         wanted = Performer(config)
@@ -284,15 +317,20 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
 
 FAMILY = Family(
     name="performer",
-    title="Performer: causal FAVOR+ attention (arXiv 2009.14794)",
+    title="Performer: FAVOR+ attention, causal or bidirectional (arXiv 2009.14794)",
     sources=("https://arxiv.org/abs/2009.14794", "https://github.com/google-research/google-research"),
     config=PerformerConfig,
     presets={
         "tiny": PerformerConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48),
         "tiny-relu": PerformerConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48, kernel="relu"),
+        "tiny-whole": PerformerConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48, causal=False),
         "zoo": PerformerConfig(),
+        "zoo-whole": PerformerConfig(causal=False),
         # the paper's protein model: appendix A.3 of [1]
         "trembl": PerformerConfig(vocab_size=30, width=512, layers=36, heads=8, ffn=1024, features=256),
+        "trembl-whole": PerformerConfig(
+            vocab_size=30, width=512, layers=36, heads=8, ffn=1024, features=256, causal=False
+        ),
     },
     build=Performer,
     load=_load,
@@ -309,5 +347,6 @@ FAMILY = Family(
         ("*.fc?.weight", "projection"),
         ("*.bias", "norm"),
     ),
-    state_note="one matrix of features and values a head and layer, and the position: constant",
+    state_note="one matrix of features and values a head and layer, and the position: constant; "
+    "bidirectional: none",
 )

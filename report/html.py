@@ -117,13 +117,14 @@ def _bundle(index: int, entry: Entry, figures: _Figures) -> dict[str, Any]:
         "drift_state": charts.drift_state(records),
         "ecdf": charts.latency_ecdf(records),
         "positions": charts.position_times(records),
-        "ops": charts.op_times(op_times_of(records, "step")),
+        "ops": charts.op_times(op_times_of(records, "step") or op_times_of(records, "whole")),
         "prefill_ops": charts.op_times(prefill),
         "sizes": charts.sizes(manifest),
     }
     return {
         "id": f"bundle-{index}",
         **bundle_view(manifest, records),
+        "ops_title": f"Where a {'step' if manifest.model.contract.streams else 'pass'}'s time goes",
         "prefill_note": f"One call of {prefill.tokens_per_call} tokens." if prefill else "",
         **{name: figures.add(f"{index}-{name}", json) for name, json in drawn.items()},
     }

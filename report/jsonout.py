@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xexport.core.manifest import Manifest
-from xexport.core.records import ChunkLaw, Fidelity, Latency, Memory, PairedLatency, Record
+from xexport.core.records import ChunkLaw, Fidelity, Latency, Memory, PairedLatency, Passes, Record
 from xexport.core.stats import finite_or_none as number
 from xexport.report.entries import Entry, all_of, fidelity_of, last_of
 
@@ -20,7 +20,7 @@ def summary(manifest: Manifest, records: Sequence[Record], bundle: str | None = 
     bits_per_byte_se, bits_lost{value,se,percent}, kl{mean,median,p99,max}, same_top1, same_top1_se,
     max_error, tokens, chunk_error, latency{step_ms{p50,p90,p99}, decode_tokens_per_s,
     prefill_tokens_per_s, load_ms, first_token_ms}, speedup{torch,onnx}, peak_rss, native_kernels,
-    warnings[].
+    warnings[]. In the whole-sequence form also form, fixed_length, passes{length: {ms, per_s}}.
 
     Args:
         bundle: path to print; None: the name in the newest record.
@@ -38,6 +38,7 @@ def summary(manifest: Manifest, records: Sequence[Record], bundle: str | None = 
         **_fidelity(records, fidelity),
         "chunk_error": number(law.error) if law else None,
         "latency": _latency(latency),
+        **_whole(manifest, records),
         "speedup": _speedups(records),
         "peak_rss": memory.peak_rss if memory else None,
         "native_kernels": manifest.environment.get("native_kernels"),
@@ -151,6 +152,22 @@ def _latency(latency: Latency | None) -> dict[str, Any]:
         "prefill_tokens_per_s": get(latency.prefill_tokens_per_s) if latency else None,
         "load_ms": get(latency.load_ms) if latency else None,
         "first_token_ms": get(latency.first_token_ms) if latency else None,
+    }
+
+
+def _whole(manifest: Manifest, records: Sequence[Record]) -> dict[str, Any]:
+    """What only a model in the whole-sequence form has."""
+    model = manifest.model
+    if model.contract.streams:
+        return {}
+    row = last_of(records, Passes)
+    passes = row.passes if row else ()
+    return {
+        "form": model.form,
+        "fixed_length": model.fixed_length,
+        "passes": {
+            str(p.length): {"ms": number(p.median_ms), "per_s": number(p.tokens_per_s)} for p in passes
+        },
     }
 
 

@@ -14,18 +14,22 @@ from xexport.report.jsonout import summary
 __all__ = ["profile_summary"]
 
 
+_KEPT = ("model", "target", "bundle", "bytes", "latency", "form", "fixed_length", "passes")
+
+
 def profile_summary(manifest: Manifest, records: Sequence[Record], bundle: str) -> dict[str, Any]:
     """What ``xexport profile --json`` prints.
 
     Keys: model, target, bundle, bytes, latency, peak_rss, operators[{op, us_per_step, nodes}],
-    placement{provider: nodes}, bandwidth{bytes_per_s, fraction_of_floor}, environment.
+    placement{provider: nodes}, bandwidth{bytes_per_s, fraction_of_floor}, environment. In the whole-sequence
+    form passes, and no bandwidth; us_per_step is of a whole pass.
     """
     whole = summary(manifest, records, bundle)
-    ops = next((r for r in records if isinstance(r, OpTimes) and r.form == "step"), None)
+    ops = next((r for r in records if isinstance(r, OpTimes) and r.form in ("step", "whole")), None)
     memory = last_of(records, Memory)
     step = whole["latency"]["step_ms"]["p50"]
     return {
-        **{key: whole[key] for key in ("model", "target", "bundle", "bytes", "latency")},
+        **{key: whole[key] for key in _KEPT if key in whole},
         "peak_rss": memory.peak_rss if memory else None,
         "operators": [{"op": op, "us_per_step": number(us), "nodes": nodes} for op, us, nodes in ops.by_op]
         if ops

@@ -80,7 +80,7 @@ def difference(worse: Rival, better: Rival) -> tuple[float, float] | None:
     seen, and the error bar is that of the difference.
     """
     a, b = worse.fidelity, better.fidelity
-    if a is None or b is None or not _same_bytes(a, b):
+    if a is None or b is None or not (a.scored and b.scored and _same_bytes(a, b)):
         return None
     count = min(a.tokens, b.tokens)
     lost = np.array(a.nll_candidate[:count], np.float64) - np.array(b.nll_candidate[:count], np.float64)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from xexport.core.contract import InputSpec
 from xexport.core.manifest import Manifest
 from xexport.core.records import (
     Bandwidth,
@@ -20,6 +21,7 @@ from xexport.report.entries import all_of, compared_latency, fidelity_of, last_o
 from xexport.report.jsonout import state_bytes, weights_bytes
 
 __all__ = [
+    "RUNNERS",
     "Table",
     "checks",
     "chunk_law",
@@ -69,9 +71,10 @@ def fidelity(records: Sequence[Record]) -> Table:
         *((name, fmt.MISSING) for name in _MEASURES),
     ]
     columns = [_figures(r) for r in shown]
+    table = [(*row, *(c[i] for c in columns)) for i, row in enumerate(rows)]
     return Table(
         ("Measure", RUNNERS.get(first.reference, first.reference), *heads),
-        [(*row, *(c[i] for c in columns)) for i, row in enumerate(rows)],
+        table if any(r.scored for r in shown) else table[-len(_MEASURES) :],
         tuple(range(1, len(shown) + 2)),
     )
 
@@ -188,14 +191,16 @@ def _pieces(pieces: tuple[int, ...]) -> str:
 
 def resources(manifest: Manifest, records: Sequence[Record]) -> Table:
     """Weights, state, memory, bandwidth: name, figure, meaning."""
-    rows = [
-        ("Weights and graph", fmt.bytes_text(weights_bytes(manifest)), "what a device stores"),
-        ("State", fmt.bytes_text(state_bytes(manifest)), "one stream; kept twice while running"),
-    ]
+    streams = manifest.model.contract.streams
+    rows = [("Weights and graph", fmt.bytes_text(weights_bytes(manifest)), "what a device stores")]
+    if streams:
+        state = fmt.bytes_text(state_bytes(manifest))
+        rows.append(("State", state, "one stream; kept twice while running"))
     memory = last_of(records, Memory)
+    doing = "streaming" if streams else "whole passes"
     if memory:
         rows.append(
-            ("Peak memory", fmt.bytes_text(memory.peak_rss), "resident, whole process, loading and streaming")
+            ("Peak memory", fmt.bytes_text(memory.peak_rss), f"resident, whole process, loading and {doing}")
         )
         rows.append(
             ("Added by the bundle", fmt.bytes_text(memory.added_rss), "peak above the bare interpreter")
@@ -218,7 +223,7 @@ def resources(manifest: Manifest, records: Sequence[Record]) -> Table:
                     f"{fmt.ms(bandwidth.floor_ms)}",
                 )
             )
-    times = op_times_of(records, "step")
+    times = op_times_of(records, "step" if streams else "whole")
     if times:
         for provider, nodes in times.placement.items():
             rows.append(("Nodes", str(nodes), f"on {provider}, read from the runtime's profile"))
@@ -315,15 +320,25 @@ def _flatten(prefix: str, value: Any) -> list[tuple[str, str]]:
     return [(prefix, str(value))]
 
 
+def _input(spec: InputSpec) -> str:
+    unit = f", T a multiple of {spec.multiple}" if spec.multiple > 1 else ""
+    return f"{spec.kind} [B, T, {spec.width}] {spec.dtype}{unit}"
+
+
 def model(manifest: Manifest) -> Table:
     """What was exported: family, configuration, checkpoint, notes."""
     info = manifest.model
+    limit = fmt.count(info.max_tokens) if info.max_tokens else "no limit"
+    contract = info.contract
     rows: list[tuple[str, ...]] = [
         ("family", info.family),
         ("checkpoint", info.source),
         ("parameters", fmt.count(info.parameters)),
         ("vocabulary", fmt.count(info.vocab_size)),
-        ("longest stream", fmt.count(info.max_tokens) if info.max_tokens else "no limit"),
+        ("form", "chunks: it streams" if contract.streams else "whole sequences only"),
+        *([("input", _input(contract.inputs))] if contract.inputs.width else []),
+        *([("length", fmt.count(contract.fixed_length))] if contract.fixed_length else []),
+        *([] if contract.fixed_length else [("longest stream" if contract.streams else "longest", limit)]),
         *((f"config: {k}", v) for k, v in _flatten("", info.config)),
         *(("note", note) for note in info.notes),
     ]

@@ -40,7 +40,8 @@ def _measured(data: Record) -> Iterable[RenderableType]:
     """The summary of an export, a validation or a profile: accuracy, speed, sizes, warnings."""
     head = [str(data[k]) for k in ("model", "target") if k in data]
     yield _pairs(" on ".join(head) or "bundle", _accuracy(data) + _speed(data) + _sizes(data))
-    yield _rows("time by operator, one step", (data.get("operators") or ())[:12])
+    title = "time by operator, one pass" if data.get("form") == "whole" else "time by operator, one step"
+    yield _rows(title, (data.get("operators") or ())[:12])
     yield _pairs("", _leaves({k: v for k, v in data.items() if k not in _SHOWN}, ""))
     yield from _warnings(data)
     for problem in data.get("problems") or ():
@@ -71,6 +72,9 @@ _SHOWN = frozenset(
         "text",
         "chunk_error",
         "latency",
+        "form",
+        "fixed_length",
+        "passes",
         "speedup",
         "peak_rss",
         "native_kernels",
@@ -88,7 +92,8 @@ _SHOWN = frozenset(
 
 def _accuracy(data: Record) -> list[tuple[str, str]]:
     bits, errors = data.get("bits_per_byte") or {}, data.get("bits_per_byte_se") or {}
-    rows = [("bits per byte", "  ".join(f"{k} {_with_error(v, errors.get(k))}" for k, v in bits.items()))]
+    known = bits if any(v is not None for v in bits.values()) else {}
+    rows = [("bits per byte", "  ".join(f"{k} {_with_error(v, errors.get(k))}" for k, v in known.items()))]
     rows.append(("paid in accuracy", _loss(bits, data.get("bits_lost"))))
     rows.append(("KL from PyTorch", _named(data.get("kl"), "nats")))
     if data.get("same_top1") is not None:
@@ -116,7 +121,11 @@ def _loss(bits: Record, lost: Record | None) -> str:
 
 def _speed(data: Record) -> list[tuple[str, str]]:
     latency = data.get("latency") or {}
-    rows = [("one token", _named(latency.get("step_ms"), "ms"))]
+    whole = data.get("form") == "whole"
+    rows = [("form", "whole sequences only: it can't stream")] if whole else []
+    rows += [] if whole else [("one token", _named(latency.get("step_ms"), "ms"))]
+    for length, row in (data.get("passes") or {}).items():
+        rows.append((f"a sequence of {length}", f"{_number(row['ms'])} ms, {row['per_s']:,.0f} a second"))
     for key, label in (("decode_tokens_per_s", "decode"), ("prefill_tokens_per_s", "prefill")):
         if _is_number(latency.get(key)):
             rows.append((label, f"{latency[key]:,.0f} tokens/s"))
@@ -126,7 +135,12 @@ def _speed(data: Record) -> list[tuple[str, str]]:
     for other, ratio in (data.get("speedup") or {}).items():
         if isinstance(ratio, Mapping) and _is_number(ratio.get("ratio")):
             between = f"{_number(ratio.get('low'))} to {_number(ratio.get('high'))}"
-            rows.append((f"step speed against {other}", f"{_number(ratio['ratio'])} x ({between})"))
+            rows.append(
+                (
+                    f"{'pass' if whole else 'step'} speed against {other}",
+                    f"{_number(ratio['ratio'])} x ({between})",
+                )
+            )
     bandwidth = data.get("bandwidth") or {}
     if _is_number(bandwidth.get("fraction_of_floor")):
         share = f"{100 * bandwidth['fraction_of_floor']:.0f} % of a step"
@@ -162,7 +176,7 @@ def _inspect(data: Record) -> Iterable[RenderableType]:
             ("config", config),
             ("parameters", f"{model.get('parameters', 0):,}"),
             ("vocabulary", _value(model.get("vocab_size"))),
-            ("longest stream", _value(model.get("max_tokens") or "no limit")),
+            *_lengths(model),
             ("weights from", _value(model.get("source"))),
             ("precision", _value(data.get("precision"))),
             ("runs on", f"{data.get('runtime')}, {data.get('provider')}, opset {data.get('opset')}"),
@@ -179,6 +193,18 @@ def _inspect(data: Record) -> Iterable[RenderableType]:
     figures = data.get("figures") or {}
     yield _pairs("figures at export", _accuracy(figures) + _speed(figures))
     yield from _warnings(data)
+
+
+def _lengths(model: Record) -> list[tuple[str, str]]:
+    """How long its input may be, and what the input is if not tokens."""
+    spec = model.get("input") or {}
+    rows = [("reads", f"{spec['kind']} [B, T, {spec['width']}]")] if spec.get("width") else []
+    if model.get("form") == "whole":
+        rows.append(("form", "whole sequences only: it can't stream"))
+        if model.get("fixed_length"):
+            return [*rows, ("length", f"exactly {model['fixed_length']}")]
+    name = "longest" if model.get("form") == "whole" else "longest stream"
+    return [*rows, (name, _value(model.get("max_tokens") or "no limit"))]
 
 
 def _formats(data: Record) -> Iterable[tuple[str, Record]]:
@@ -240,13 +266,28 @@ def _compare(data: Record) -> Iterable[RenderableType]:
     yield f"[bold]report[/] {_plain(data['report'])}"
 
 
+def _predict(data: Record) -> Iterable[RenderableType]:
+    """The likeliest tokens at every position of a text."""
+    rows = [
+        {
+            "position": row["position"],
+            "token": repr(row["text"]),
+            "likeliest": "  ".join(
+                f"{p['text']!r} {100 * p['probability']:.1f}%" for p in row["predictions"]
+            ),
+        }
+        for row in data["positions"]
+    ]
+    yield _rows("", rows)
+
+
 def _models(data: Record) -> Iterable[RenderableType]:
     yield _rows("models", [{k: row[k] for k in ("name", "title", "zoo")} for row in data["models"]])
     measured = [(row["name"], row["measured"]) for row in data["models"] if row.get("measured")]
     rows = [
         {
             "name": name,
-            "state": size(row["state"]["bytes"]),
+            "state": size(row["state"]["bytes"]) if row["state"]["bytes"] else "whole only",
             "in bytes": row["state"]["formula"],
             "operators": [op.partition("::")[2] for op in row.get("operators") or ()],
             "largest error": max((row.get("oracles") or {}).values(), default=None),
@@ -355,4 +396,5 @@ _TABLES: dict[str, Callable[[Record], Iterable[RenderableType]]] = {
     "doctor": _doctor,
     "targets": _targets,
     "models": _models,
+    "predict": _predict,
 }

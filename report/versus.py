@@ -230,9 +230,11 @@ def _fastest_prefill(rivals: Sequence[Rival], length: int) -> Sentence:
         ratio, low, high = median_ratio(its.ns, turns.ns)
         parts.append(_longer(other, ratio, low, high))
     speed = fmt.count(length * 1e3 / turns.median_ms)
+    model = best.manifest.model
+    what, unit = "prefill" if model.contract.streams else "pass", model.input.unit
     return Sentence(
         "plain",
-        f"Fastest prefill of {length} tokens: {best.label}, {speed} tokens per second; {'; '.join(parts)}.",
+        f"Fastest {what} of {length} {unit}s: {best.label}, {speed} {unit}s per second; {'; '.join(parts)}.",
     )
 
 
@@ -312,6 +314,7 @@ def _crossing(growing: Rival, flat: Rival, places: Sequence[int]) -> float | Non
 
 
 def _state(rivals: Sequence[Rival]) -> list[Sentence]:
+    rivals = [r for r in rivals if r.manifest.model.contract.streams]
     flat = sorted((r for r in rivals if not r.state.grows), key=lambda r: r.state.allocated)
     found = []
     if flat:

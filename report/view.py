@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 from xexport.core.manifest import Manifest
 from xexport.core.records import ChunkLaw, Fidelity, Latency, Memory, Record
 from xexport.report import format as fmt
-from xexport.report import tables
+from xexport.report import tables, whole, words
 from xexport.report.entries import compared_latency, fidelity_of, last_of, latency_of
 from xexport.report.jsonout import state_bytes, warnings_of, weights_bytes
 from xexport.report.rivals import Rival
 from xexport.report.versus import side_by_side, state_bytes_table, steps_table
-from xexport.report.words import headline, speed_against, verdict
 
 __all__ = [
     "Section",
@@ -69,7 +68,7 @@ def compared_tables(rivals: Sequence[Rival]) -> list[Section]:
             "State along the stream, in numbers",
             "Bytes in use of one stream. A cache of a graph has its full size from the beginning: that is "
             "what is set aside.",
-            state_bytes_table(rivals),
+            state_bytes_table(rivals) if any(r.manifest.state for r in rivals) else tables.Table((), []),
         ),
     ]
     return [s for s in found if s.table]
@@ -105,18 +104,20 @@ def title_of(manifests: Sequence[Manifest]) -> str:
 def bundle_view(manifest: Manifest, records: Sequence[Record]) -> dict[str, Any]:
     """Everything but the figures, by the names the templates use."""
     row, latency = fidelity_of(records), latency_of(records)
+    contract = manifest.model.contract
+    said = words if contract.streams else whole
     newest = latency or (records[-1] if records else None)
     return {
         "name": name_of(manifest),
         "subtitle": subtitle(manifest),
         "warnings": warnings_of(manifest, records),
-        "headline": headline(records),
+        "headline": said.headline(records),
         "tiles": _tiles(manifest, records),
-        "verdict": verdict(manifest, records),
+        "verdict": said.verdict(manifest, records),
         "fidelity": tables.fidelity(records),
         "fidelity_note": _fidelity_note(row) if row else "",
-        "latency": tables.latency(records),
-        "latency_note": _latency_note(latency, records) if latency else "",
+        "latency": tables.latency(records) if contract.streams else whole.passes_table(records),
+        "latency_note": _latency_note(latency, records) if latency else whole.passes_note(records, contract),
         "position_times": tables.positions(records),
         "resources": tables.resources(manifest, records),
         "law": tables.chunk_law(records),
@@ -154,19 +155,31 @@ def compared(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> tables.Tab
     rows = []
     for manifest, records in entries:
         row, latency, memory = fidelity_of(records), latency_of(records), last_of(records, Memory)
-        speeds = [speed_against(records, other) for other in ("torch", "onnx")]
+        speeds = [_speed_against(manifest, records, other) for other in ("torch", "onnx")]
         rows.append(
             (
                 name_of(manifest),
                 *_compared_accuracy(row),
                 fmt.ms(latency.step_ms(50)) if latency else fmt.MISSING,
                 *(fmt.figure(s.ratio) if s else fmt.MISSING for s in speeds),
-                fmt.count(latency.prefill_tokens_per_s) if latency else fmt.MISSING,
+                fmt.count(latency.prefill_tokens_per_s if latency else _passes_per_s(records)),
                 fmt.bytes_text(weights_bytes(manifest)),
                 fmt.bytes_text(memory.peak_rss if memory else None),
             )
         )
     return tables.Table(columns, rows, tuple(range(1, len(columns))))
+
+
+def _speed_against(manifest: Manifest, records: Sequence[Record], other: str) -> words.Speed | None:
+    if manifest.model.contract.streams:
+        return words.speed_against(records, other)
+    return whole.speed_against(records, other)
+
+
+def _passes_per_s(records: Sequence[Record]) -> float:
+    """Throughput of the longest whole passes, for which there is no prefill."""
+    row = whole.passes_of(records)
+    return row.longest.tokens_per_s if row else math.nan
 
 
 def _compared_accuracy(row: Fidelity | None) -> tuple[str, ...]:
@@ -213,7 +226,7 @@ def _tiles(manifest: Manifest, records: Sequence[Record]) -> list[Tile]:
     found: list[Tile] = []
     row, latency, memory = fidelity_of(records), latency_of(records), last_of(records, Memory)
     if latency:
-        speed = speed_against(records, "torch")
+        speed = words.speed_against(records, "torch")
         note = (
             f"{fmt.times(speed.ratio)} as fast as PyTorch" if speed else f"p99 {fmt.ms(latency.step_ms(99))}"
         )
@@ -223,15 +236,22 @@ def _tiles(manifest: Manifest, records: Sequence[Record]) -> list[Tile]:
             longest = max(p.length for p in latency.prefill)
             value = f"{fmt.count(latency.prefill_tokens_per_s)} /s"
             found.append(Tile("Prefill", value, f"tokens, in one call of {longest}"))
-    if row:
+    passes = whole.passes_of(records)
+    if passes:
+        unit, calls = manifest.model.input.unit, passes.longest
+        found.append(Tile("Pass, median", fmt.ms(calls.median_ms), f"{calls.length} {unit}s"))
+        found.append(Tile("Throughput", f"{fmt.count(calls.tokens_per_s)} /s", f"{unit}s, whole sequences"))
+    if row and row.scored:
         lost, error = row.bits_lost
         found.append(
             Tile("Bits per byte", fmt.figure(row.bits_per_byte("candidate")[0], 4), _lost_note(lost, error))
         )
+    if row:
         found.append(
             Tile("Same top-1", fmt.percent(row.agreement, 2), f"± {fmt.percent(row.agreement_se, 2)}")
         )
-    state = f"state {fmt.bytes_text(state_bytes(manifest))} a stream"
+    streams = manifest.model.contract.streams
+    state = f"state {fmt.bytes_text(state_bytes(manifest))} a stream" if streams else "no state"
     found.append(Tile("Weights", fmt.bytes_text(weights_bytes(manifest)), state))
     if memory:
         note = f"bundle adds {fmt.bytes_text(memory.added_rss)}"
@@ -246,10 +266,22 @@ def _lost_note(lost: float, error: float) -> str:
 
 
 def _fidelity_note(row: Fidelity) -> str:
+    text = row.setup.text or "the given text"
+    how = (
+        f"streamed {row.chunk} at a time with the state carried"
+        if row.form == "chunk"
+        else f"in whole sequences of at most {row.chunk}"
+    )
+    kl = "KL is from the reference to the runner, in nats."
+    if not row.scored:
+        return (
+            f"{fmt.count(row.tokens)} positions of {text}, {how}. {kl} Its error is from the means of 32 "
+            "blocks, that of the first choice binomial. No bits per byte: the model was not made to predict "
+            "what comes next."
+        )
     return (
-        f"{fmt.count(row.tokens)} tokens of {row.setup.text or 'the given text'} "
-        f"({fmt.bytes_text(row.text_bytes)}), streamed {row.chunk} at a time with the state carried. "
-        "KL is from the reference to the runner, in nats. Errors: bits per byte from the means of 32 "
+        f"{fmt.count(row.tokens)} tokens of {text} ({fmt.bytes_text(row.text_bytes)}), {how}. "
+        f"{kl} Errors: bits per byte from the means of 32 "
         "blocks of the text (tokens are correlated), “lost” paired by token, top-1 binomial."
     )
 

@@ -12,7 +12,18 @@ from xexport.report import format as fmt
 from xexport.report.entries import all_of, compared_latency, fidelity_of, last_of, latency_of, same_machine
 from xexport.report.jsonout import weights_bytes
 
-__all__ = ["RUNNER_NAMES", "Sentence", "Speed", "headline", "speed_against", "verdict"]
+__all__ = [
+    "BLUR",
+    "RUNNER_NAMES",
+    "Sentence",
+    "Speed",
+    "accuracy_sentences",
+    "headline",
+    "price",
+    "size_sentences",
+    "speed_against",
+    "verdict",
+]
 
 RUNNER_NAMES = {"torch": "PyTorch", "onnx": "ONNX fp32", "bundle": "this bundle"}
 
@@ -30,13 +41,17 @@ class Sentence(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """How many times as fast as ``other`` a bundle's step is; an interval only from paired rounds."""
+    """How many times as fast as ``other`` a bundle's step is; an interval only from paired rounds.
+
+    ``length``: of the whole sequences that were timed instead of steps, 0 if steps were.
+    """
 
     other: str
     ratio: float
     low: float
     high: float
     paired: bool
+    length: int = 0
 
     @property
     def slower(self) -> bool:
@@ -50,7 +65,7 @@ class Speed(NamedTuple):
 def speed_against(records: Sequence[Record], other: str) -> Speed | None:
     """The bundle's step against another runner's: from interleaved rounds where there are any."""
     mine = latency_of(records)
-    pairs = [p for p in all_of(records, PairedLatency, "bundle") if p.other == other]
+    pairs = [p for p in all_of(records, PairedLatency, "bundle") if p.other == other and not p.length]
     pairs = [p for p in pairs if mine is None or same_machine(p, mine)]
     if pairs:
         return Speed(other, *pairs[-1].speedup, True)
@@ -73,14 +88,22 @@ def headline(records: Sequence[Record]) -> str:
                 f"{fmt.times(speed.ratio)} as fast as {name}" if speed.faster else f"As fast as {name}"
             )
     if row is not None:
-        parts.append(_price(row))
+        parts.append(price(row))
     text = ", ".join(parts)
     if speed is not None and _busy(records):
         text += " (timed on a busy machine)"
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
-def _price(row: Fidelity) -> str:
+def price(row: Fidelity) -> str:
+    """What was paid in accuracy, as the end of a sentence."""
+    if row.non_finite:
+        return "but broken: it gives values that are not finite"
+    if not row.scored:
+        reference = RUNNER_NAMES.get(row.reference, row.reference)
+        return (
+            f"with the same first choice as {reference} at {fmt.percent(row.agreement, 2)} of the positions"
+        )
     lost, error = row.bits_lost
     before = row.bits_per_byte("reference")[0]
     if math.isnan(lost):
@@ -93,7 +116,7 @@ def _price(row: Fidelity) -> str:
 
 def verdict(manifest: Manifest, records: Sequence[Record]) -> list[Sentence]:
     """Speed, accuracy, size and the chunk law, one sentence each; nothing that was not measured."""
-    found = [*_speed(records), *_accuracy(records), *_size(manifest), *_law(records)]
+    found = [*_speed(records), *accuracy_sentences(records), *size_sentences(manifest), *_law(records)]
     if not any(isinstance(r, Fidelity | Latency) for r in records):
         found.append(
             Sentence(
@@ -185,7 +208,8 @@ def _speed_sentence(speed: Speed) -> Sentence:
     return Sentence("plain", f"That is as fast as {name}: {fmt.times(speed.ratio)} ({how}).")
 
 
-def _accuracy(records: Sequence[Record]) -> list[Sentence]:
+def accuracy_sentences(records: Sequence[Record]) -> list[Sentence]:
+    """What was lost, in bits per byte if the next token was scored, and how near the logits are."""
     row = fidelity_of(records)
     if row is None:
         return []
@@ -197,6 +221,8 @@ def _accuracy(records: Sequence[Record]) -> list[Sentence]:
                 "finite, so no accuracy can be stated.",
             )
         ]
+    if not row.scored:
+        return [Sentence("plain", _unscored(row))]
     lost, error = row.bits_lost
     before, after = row.bits_per_byte("reference")[0], row.bits_per_byte("candidate")[0]
     share = lost / before if before else math.nan
@@ -228,7 +254,18 @@ def _accuracy(records: Sequence[Record]) -> list[Sentence]:
     return [head, Sentence("plain", tail)]
 
 
-def _size(manifest: Manifest) -> list[Sentence]:
+def _unscored(row: Fidelity) -> str:
+    reference = RUNNER_NAMES.get(row.reference, row.reference)
+    return (
+        f"At {fmt.percent(row.agreement, 2)} (± {fmt.percent(row.agreement_se, 2)}) of "
+        f"{fmt.count(row.tokens)} positions of {row.setup.text or 'the given text'} the bundle and "
+        f"{reference} rank the same output first; the mean KL divergence is {fmt.figure(row.kl_mean)} nats, "
+        f"at most {fmt.figure(row.kl_percentile(100))}."
+    )
+
+
+def size_sentences(manifest: Manifest) -> list[Sentence]:
+    """Bytes of the model, against its fp32 size."""
     weights = weights_bytes(manifest)
     full = 4 * manifest.model.parameters
     if not weights or not full:

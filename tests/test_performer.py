@@ -29,8 +29,8 @@ from xexport.core.state import state_shape
 from xexport.models.performer import Performer, PerformerConfig, _directions
 
 FAMILY = get_family("performer")
-VARIANTS: dict[str, PerformerConfig] = {k: v for k, v in FAMILY.presets.items() if k.startswith("tiny")}
-TINY = VARIANTS["tiny"]
+VARIANTS: dict[str, PerformerConfig] = {k: FAMILY.presets[k] for k in ("tiny", "tiny-relu")}
+TINY, WHOLE = VARIANTS["tiny"], FAMILY.presets["tiny-whole"]
 each_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -125,6 +125,7 @@ def performer_pytorch() -> dict[str, Any]:
         pytest.skip("performer-pytorch is not installed")
     path = Path(spec.submodule_search_locations[0]) / "performer_pytorch.py"
     wanted = ("softmax_kernel", "generalized_kernel", "causal_linear_attention_noncuda")
+    wanted += ("linear_attention",)
     tree = ast.parse(path.read_text(encoding="utf-8"))
     tree.body = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in wanted]
     names: dict[str, Any] = {"torch": torch, "nn": torch.nn, "repeat": einops.repeat}
@@ -157,6 +158,48 @@ def test_performer_pytorch(name: str) -> None:
     empty = fresh(module, 2)[0]
     o, _ = linear_attention(*terms, empty, x.new_zeros(2, 13, 2), 2, 2, 1.0, "gated")
     assert_same([mine.finish(o.unflatten(-1, (2, -1)))], [want], TOLERANCES["oracle_fp32"])
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+def test_performer_pytorch_in_both_directions(kernel: str) -> None:
+    """To the letter, with what it adds to every feature."""
+    theirs, module = performer_pytorch(), made(dataclasses.replace(WHOLE, kernel=kernel))
+    mine = module.blocks()[0].attention
+    x = torch.randn(2, 13, 32, generator=torch.Generator().manual_seed(1))
+    none = torch.ones(13, 1, 8), torch.zeros(13, 1, 8)
+    q, k, v = (p(x).unflatten(-1, (2, -1)).transpose(1, 2) for p in (mine.q_proj, mine.k_proj, mine.v_proj))
+    if kernel == "softmax":
+        q, k = (
+            theirs["softmax_kernel"](y, projection_matrix=mine.directions, is_query=first)
+            for y, first in ((q, True), (k, False))
+        )
+    else:
+        q, k = (theirs["generalized_kernel"](y, projection_matrix=mine.directions) for y in (q, k))
+    want = mine.o_proj(theirs["linear_attention"](q, k, v).transpose(1, 2).flatten(-2))
+    got = mine.finish(mine.whole(*mine.terms(x, none)))
+    assert_same([got], [want], TOLERANCES["oracle_fp32"])
+
+
+def test_the_bidirectional_form_sees_both_sides() -> None:
+    module, x = made(WHOLE), tokens(1, 12)
+    changed = x.clone()
+    changed[0, -1] = (x[0, -1] + 1) % 29
+    (one,), (other,) = module(x), module(changed)
+    assert bool(((one - other).abs().amax(-1) > 0).all())
+    assert module.state_spec() == []
+    train = FAMILY.train_form(WHOLE)
+    train.load_state_dict(FAMILY.from_training(WHOLE, module.state_dict()))
+    assert_same([train(x).detach()], [one], TOLERANCES["model_fp32"])
+
+
+def test_the_bidirectional_form_exports(exporter: Any, tmp_path: Path) -> None:
+    bundle = xexport.load(exporter.export("performer", "cpu-int8", tmp_path / "out", preset="tiny-whole"))
+    assert bundle.manifest.model.form == "whole"
+    (want,) = made(WHOLE)(tokens(2, 21, seed=3))
+    got = bundle.stream(batch=2).feed(tokens(2, 21, seed=3).numpy())
+    rms = np.sqrt(np.mean(np.square(got - want.numpy())) / np.mean(np.square(want.numpy())))
+    assert rms <= TOLERANCES["tiny_logits_int8"]
 
 
 def test_own_checkpoint_loads(tmp_path: Path) -> None:
