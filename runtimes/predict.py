@@ -30,7 +30,7 @@ def predict(stream: Stream, ids: list[int], top: int = 5) -> list[dict[str, Any]
         raise FormError(
             "this model doesn't read text",
             got=f"it reads {contract.inputs.kind} [B, T, {contract.inputs.width}]",
-            fix="feed them in Python: xexport.load(BUNDLE).stream().feed(features)",
+            fix="a recording with --audio, or in Python: xexport.load(BUNDLE).stream().feed(features)",
         )
     ids = ids[: contract.fixed_length] if contract.fixed_length else ids
     logits = np.asarray(stream.feed(ids)[0], np.float64)
