@@ -34,6 +34,7 @@ from xexport.ops.linear.reference import linear
 from xexport.ops.linear_int4.reference import linear_int4
 from xexport.ops.linear_int8.reference import linear_int8
 from xexport.ops.linear_recurrence.reference import linear_recurrence
+from xexport.ops.modal_conv.reference import modal_conv
 from xexport.ops.selective_scan.reference import selective_scan
 from xexport.ops.window_attention.reference import window_attention
 from xexport.ops.wkv4.reference import wkv4
@@ -104,6 +105,14 @@ def _selective_scan(B: int, T: int, D: int, N: int) -> Case:
     x = {"u": normal((B, T, D)), "dt": np.log1p(np.exp(normal((B, T, D)) - 2)), "A": -np.exp(normal((D, N)))}
     x |= {"B": normal((B, T, N)), "C": normal((B, T, N)), "D": normal(D), "state": normal((B, D, N))}
     return Case(x, {})
+
+
+def _modal_conv(B: int, T: int, D: int, N: int) -> Case:
+    normal = _random(B, T, D, N)
+    size, angle = np.exp(-np.exp(normal((N, D)) - 2)), 3 * normal((N, D))
+    poles = np.stack((size * np.cos(angle), size * np.sin(angle)), 1)
+    x = {"packed": normal((B, T, 3 * D)), "poles": poles, "residues": normal((N, 2, D)) / N}
+    return Case(x | {"skip": normal(D), "state": normal((B, N, 2, D))}, {})
 
 
 def _linear_recurrence(B: int, T: int, H: int, K: int, V: int, a_key: int) -> Case:
@@ -232,6 +241,9 @@ TABLE: dict[str, Row] = {
         selective_scan,
         _selective_scan,
         ((1, 1, 40, 16), (2, 3, 33, 32), (1, 40, 600, 16), (2, 9, 70, 5), (1, 17, 129, 24)),
+    ),
+    "modal_conv": Row(
+        modal_conv, _modal_conv, ((1, 1, 64, 16), (2, 3, 33, 5), (1, 40, 200, 8), (2, 9, 70, 1), (1, 2, 7, 3))
     ),
     "linear_recurrence": Row(
         linear_recurrence,
