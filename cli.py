@@ -84,9 +84,15 @@ _quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--target", metavar="T", help="Where it is to run; `xexport targets` lists them.")
 @click.option("--weights", type=_PATH, metavar="P", help="A .pth, .safetensors or Hugging Face folder.")
 @click.option("--preset", metavar="N", help="A named size with random weights; `xexport models` lists them.")
+@click.option(
+    "--distill",
+    type=int,
+    metavar="M",
+    help="Approximate long filters by M modes each: a state of constant size.",
+)
 @click.option("--out", type=_PATH, metavar="D", help="The folder to write. [default: MODEL-TARGET]")
 @click.option(
-    "--tokenizer", metavar="K", help="bytes, none, rwkv-world, a tokenizer.json or World vocabulary."
+    "--tokenizer", metavar="K", help="bytes, dna, none, rwkv-world, a tokenizer.json or World vocabulary."
 )
 @click.option(
     "--eval-text", type=_PATH, metavar="F", help="Text to measure accuracy on instead of the built-in."
@@ -100,6 +106,7 @@ def export(
     target: str | None,
     weights: Path | None,
     preset: str | None,
+    distill: int | None,
     out: Path | None,
     tokenizer: str | None,
     eval_text: Path | None,
@@ -118,6 +125,7 @@ def export(
     \b
     xexport rwkv --target cpu-int8
     xexport ./mamba-130m-hf --target cpu-fp32 --out mamba-fp32
+    xexport hyena --target cpu-int8 --distill 16
     xexport retnet --target cpu-int4 --eval-text my.txt --json > figures.json
     """
     from xexport.core.registry import family_aliases, family_names
@@ -139,6 +147,7 @@ def export(
             out=out,
             weights=weights,
             preset=preset,
+            distill=distill,
             tokenizer=tokenizer,
             eval_text=eval_text,
             force=force,

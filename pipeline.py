@@ -67,6 +67,7 @@ def export(
     out: str | Path | None = None,
     weights: str | Path | None = None,
     preset: str | None = None,
+    distill: int | None = None,
     tokenizer: str | Path | None = None,
     eval_text: str | Path | None = None,
     force: bool = False,
@@ -84,7 +85,9 @@ def export(
         out: the bundle's folder; ``MODEL-TARGET`` in the current folder by default.
         weights: a checkpoint of that family; the zoo's trained one by default.
         preset: a size of that family with random weights, instead of ``weights``.
-        tokenizer: ``bytes``, ``none``, ``rwkv-world``, or the path of a tokenizer.json or of a World
+        distill: approximate long filters by so many modes each, for a state of constant size (Hyena); what
+            that costs is measured against the exact filters.
+        tokenizer: ``bytes``, ``dna``, ``none``, ``rwkv-world``, or the path of a tokenizer.json or of a World
             vocabulary; by default what lies beside the checkpoint.
         eval_text: held-out text to judge on; the built-in one by default. For a model of features a .npz
             of clips.
@@ -115,6 +118,8 @@ def export(
         with _modes_kept(model), output_folder(final, force=force) as output:
             progress.stage("read the checkpoint")
             source = _resolve(model, weights, preset, seed, name, progress)
+            if distill is not None:
+                source = _distilled(source, distill, progress)
             _export_into(output, source, goal, tokenizer, eval_text, sizes, progress)
             output.commit()
     finally:
@@ -158,6 +163,12 @@ def _resolve(
     if weights is not None or preset is not None:
         raise InputError("a module brings its own weights", fix="leave out weights and preset")
     return from_module(model, name)
+
+
+def _distilled(source: Source, order: int, progress: Progress) -> Source:
+    from xexport.models._resolve import distilled
+
+    return distilled(source, order, progress)
 
 
 def _export_into(
@@ -261,6 +272,7 @@ def _export_into(
         fp32_bundle,
         torch_stream,
         source if can_time else None,
+        source.exact,
         corpus,
         output.final.name,
         sizes,
@@ -323,6 +335,7 @@ def _measure(
     fp32: Bundle,
     torch_stream: TorchStream,
     to_time: Source | None,
+    exact: Source | None,
     corpus: Corpus,
     name: str,
     sizes: Sizes | None,
@@ -330,7 +343,7 @@ def _measure(
 ) -> None:
     """Accuracy of ONNX and of the bundle against PyTorch, then speed, into results.jsonl.
 
-    ``to_time`` is the source if PyTorch is to be timed too.
+    ``to_time`` is the source if PyTorch is to be timed too, ``exact`` what it was distilled from, if it was.
     """
     from xexport.evaluate import suite
     from xexport.runtimes.torch_eager import TorchStream
@@ -341,6 +354,10 @@ def _measure(
     runtime = "onnxruntime" if absent else None
     candidates = {"onnx": fp32.stream(runtime="onnxruntime"), "bundle": bundle.stream(runtime=runtime)}
     rows: list[Record] = suite.accuracy(torch_stream, candidates, corpus, setup, sizes, progress)
+    if exact is not None:
+        before = cast("ChunkModule", exact.eager(lean=exact.parameters > _LARGE))
+        whole, beside = TorchStream(before, contract=exact.contract), {"distilled": torch_stream}
+        rows += suite.accuracy(whole, beside, corpus, setup, sizes, progress, reference_name="exact")
     if torch_stream.contract.streams:
         rows.append(suite.law(bundle.stream(runtime=runtime), corpus, setup, sizes, progress))
     if sizes.timed:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from xexport.core.progress import Progress
 from xexport.core.state import StateSpec
 
 if TYPE_CHECKING:
@@ -60,6 +61,13 @@ def _same_tensors(config: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     return dict(tensors)
 
 
+#: what :attr:`Family.distill` is
+Distill = Callable[
+    [Any, "Mapping[str, torch.Tensor]", int, Progress],
+    tuple[Any, "Mapping[str, torch.Tensor]", Sequence[str]],
+]
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture.
@@ -81,6 +89,9 @@ class Family:
         from_training: (config, training state_dict) -> tensors for ``build(config)``; the same ones by
             default.
         roles: (glob over parameter names, role) rows, the first match wins.
+        distill: (config, tensors of ``build(config)``, order, progress) -> (config, tensors, notes): the same
+            model with its long filters approximated by ``order`` modes each, so that its state is constant;
+            the notes say the error. None if the family has no such filters.
         init: fills a built module with random but sane weights (for benchmarks and tests).
         form: ``chunk``, or ``whole`` for models that are not causal; a module's own ``form`` wins.
     """
@@ -96,6 +107,7 @@ class Family:
     init: Callable[[Any, int], None]
     layout: Callable[[RawCheckpoint], str | None] = _no_layout
     from_training: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]] = _same_tensors
+    distill: Distill | None = None
     roles: tuple[tuple[str, str], ...] = ()
     aliases: tuple[str, ...] = field(default=())
     state_note: str = ""

@@ -18,6 +18,8 @@ from xexport.runtimes.tokenizers import Tokenizer, parse_ids
 __all__ = ["Corpus", "read_corpus"]
 
 BUILT_IN = "moby_dick.txt"
+#: the built-in text of a kind of tokens that is no prose
+_OTHER = {"dna": "lambda_phage.txt"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def read_corpus(
         return read_clips(inputs, path)
     if tokenizer.vocab_size is None and path is None:
         return _random_ids(vocab_size, min(count, 4096))
-    name, data = _read(path)
+    name, data = _read(path, _OTHER.get(tokenizer.kind, BUILT_IN))
     # cut at a byte, then drop the broken character at the end, if any
     text = data[:count].decode("utf-8", errors="ignore")
     has_text = tokenizer.vocab_size is not None
@@ -92,9 +94,9 @@ def read_corpus(
     return Corpus(name, hashlib.sha256(data).hexdigest(), ids, len(text.encode()) if has_text else len(ids))
 
 
-def _read(path: str | Path | None) -> tuple[str, bytes]:
+def _read(path: str | Path | None, built_in: str) -> tuple[str, bytes]:
     if path is None:
-        return BUILT_IN, (files("xexport.evaluate") / "text" / BUILT_IN).read_bytes()
+        return built_in, (files("xexport.evaluate") / "text" / built_in).read_bytes()
     where = Path(path)
     try:
         data = where.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,11 +17,12 @@ from xexport.core.checkpoint import RawCheckpoint, open_checkpoint
 from xexport.core.contract import CHUNKS_OF_TOKENS, Contract, contract_of
 from xexport.core.errors import CheckpointError, InputError, unknown_name
 from xexport.core.family import Family, LoadedModel
+from xexport.core.progress import Progress, Silent
 from xexport.core.registry import family_aliases, family_names, find_family, get_family
-from xexport.core.state import StateSpec
+from xexport.core.state import StateSpec, state_shape
 from xexport.models._stored import assign_stored
 
-__all__ = ["Source", "from_module", "recognise", "resolve"]
+__all__ = ["Source", "distilled", "from_module", "recognise", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Source:
         random: the weights were never trained.
         path: the checkpoint's file or folder, if there is one.
         recognised: why its family is this one, if nobody named it.
+        exact: what it was distilled from, if it was.
     """
 
     family: str
@@ -52,6 +55,7 @@ class Source:
     random: bool = False
     path: Path | None = None
     recognised: str = ""
+    exact: Source | None = None
 
     @property
     def parameters(self) -> int:
@@ -119,6 +123,44 @@ def resolve(
         return _random(family, preset, seed)
     path = Path(weights) if weights is not None else _zoo(family)
     return _read(family, open_checkpoint(path))
+
+
+def distilled(source: Source, order: int, progress: Progress | None = None) -> Source:
+    """The same model with its long filters approximated by ``order`` modes each (Family.distill).
+
+    Raises:
+        InputError: its family has no such filters, or not ones of this order.
+    """
+    family = get_family(source.family) if source.family in family_names() else None
+    if family is None or family.distill is None:
+        can = [name for name in family_names() if get_family(name).distill is not None]
+        raise InputError(
+            "this model has no long filters to distill",
+            got=source.family,
+            allowed=", ".join(can),
+            fix="leave out --distill",
+        )
+    config, tensors, notes = family.distill(
+        family.config(**source.config), source.tensors, order, progress or Silent()
+    )
+    found = _from_loaded(family, LoadedModel(family.name, config, tensors), source.origin)
+    state = (
+        f"state of a stream: {_state_bytes(found):,} bytes, {_state_bytes(source):,} with the exact filters"
+    )
+    return dataclasses.replace(
+        source,
+        config=found.config,
+        skeleton=found.skeleton,
+        tensors=tensors,
+        specs=found.specs,
+        contract=found.contract,
+        notes=(*source.notes, f"distilled to {order} modes a filter: an approximation", state, *notes),
+        exact=source,
+    )
+
+
+def _state_bytes(source: Source) -> int:
+    return sum(math.prod(state_shape(s, 1)) * getattr(torch, s.dtype).itemsize for s in source.specs)
 
 
 def recognise(raw: RawCheckpoint) -> tuple[Family, str]:

@@ -118,6 +118,17 @@ def _fidelity(records: Sequence[Record], bundle: Fidelity | None) -> dict[str, A
         "max_error": None,
         "tokens": None,
     }
+    distilled = fidelity_of(records, "distilled")
+    if distilled:
+        row["distilled"] = {
+            "bits_per_byte": {
+                "exact": number(distilled.bits_per_byte("reference")[0]),
+                "distilled": number(distilled.bits_per_byte("candidate")[0]),
+            },
+            "kl_mean": number(distilled.kl_mean),
+            "same_top1": number(distilled.agreement),
+            "tokens": distilled.tokens,
+        }
     if bundle:
         lost, error = bundle.bits_lost
         base = columns["torch"][0]

@@ -94,6 +94,8 @@ def _accuracy(data: Record) -> list[tuple[str, str]]:
     bits, errors = data.get("bits_per_byte") or {}, data.get("bits_per_byte_se") or {}
     known = bits if any(v is not None for v in bits.values()) else {}
     rows = [("bits per byte", "  ".join(f"{k} {_with_error(v, errors.get(k))}" for k, v in known.items()))]
+    if data.get("distilled"):
+        rows.append(("of the distilled filters", _named(data["distilled"]["bits_per_byte"], "bits per byte")))
     rows.append(("paid in accuracy", _loss(bits, data.get("bits_lost"))))
     rows.append(("KL from PyTorch", _named(data.get("kl"), "nats")))
     if data.get("same_top1") is not None:

@@ -116,7 +116,13 @@ def price(row: Fidelity) -> str:
 
 def verdict(manifest: Manifest, records: Sequence[Record]) -> list[Sentence]:
     """Speed, accuracy, size and the chunk law, one sentence each; nothing that was not measured."""
-    found = [*_speed(records), *accuracy_sentences(records), *size_sentences(manifest), *_law(records)]
+    found = [
+        *_speed(records),
+        *accuracy_sentences(records),
+        *_distilled(records),
+        *size_sentences(manifest),
+        *_law(records),
+    ]
     if not any(isinstance(r, Fidelity | Latency) for r in records):
         found.append(
             Sentence(
@@ -262,6 +268,22 @@ def _unscored(row: Fidelity) -> str:
         f"{reference} rank the same output first; the mean KL divergence is {fmt.figure(row.kl_mean)} nats, "
         f"at most {fmt.figure(row.kl_percentile(100))}."
     )
+
+
+def _distilled(records: Sequence[Record]) -> list[Sentence]:
+    """What approximated filters cost before anything was exported, against the exact ones."""
+    row = fidelity_of(records, "distilled")
+    if row is None:
+        return []
+    before, after = row.bits_per_byte("reference")[0], row.bits_per_byte("candidate")[0]
+    worse = not row.bits_lost[0] <= WORSE * before
+    text = (
+        f"Its filters are distilled: in PyTorch, over {fmt.count(row.tokens)} tokens, that takes it from "
+        f"{fmt.figure(before, 4)} to {fmt.figure(after, 4)} bits per byte (KL {fmt.figure(row.kl_mean)} nats "
+        f"a token, the same token first at {fmt.percent(row.agreement, 1)}). All other figures compare this "
+        "bundle with the distilled model."
+    )
+    return [Sentence("bad" if worse else "good", text)]
 
 
 def size_sentences(manifest: Manifest) -> list[Sentence]:

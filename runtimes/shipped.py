@@ -17,6 +17,8 @@ __all__ = ["Shipped", "find_tokenizer"]
 
 _WORLD = "rwkv_vocab*.txt"
 _HUGGING_FACE = "tokenizer.json"
+#: kinds that need no file
+_NO_FILE = ("bytes", "dna", "none")
 #: what the file of a kind is called in a bundle
 _NAMES = {"rwkv-world": "rwkv_vocab.txt", "huggingface": _HUGGING_FACE}
 
@@ -59,17 +61,17 @@ def find_tokenizer(
     """The tokenizer to ship.
 
     Args:
-        choice: ``bytes``, ``none``, ``rwkv-world`` (the vocabulary of the installed package ``rwkv``), or
+        choice: ``bytes``, ``dna``, ``none``, ``rwkv-world`` (the vocabulary of the installed package ``rwkv``), or
             the path of a tokenizer.json, of a World vocabulary, or of a folder with one of them; None
             looks beside the checkpoint.
         checkpoint: its file or folder.
-        kind: what the family says its tokens are (``bytes``, ``rwkv-world``), if it knows.
+        kind: what the family says its tokens are (``bytes``, ``dna``, ``rwkv-world``), if it knows.
         vocab: V of the model; a tokenizer with more ids that was only found is not taken.
 
     Raises:
         InputError: the choice is none of these, can't be read, or has more ids than the model.
     """
-    if choice in ("bytes", "none"):
+    if choice in _NO_FILE:
         return Shipped({"kind": str(choice)})
     if choice == "rwkv-world":
         return _checked(_installed_world(), vocab)
@@ -116,7 +118,7 @@ def _at(path: Path) -> Shipped:
         raise InputError(
             "there is no such tokenizer",
             got=path,
-            allowed=f"bytes, none, rwkv-world, or the path of a {_HUGGING_FACE} or a World vocabulary (.txt)",
+            allowed=f"bytes, dna, none, rwkv-world, or the path of a {_HUGGING_FACE} or a World vocabulary (.txt)",
         )
     if path.suffix == ".json":
         return _hugging_face(path)

@@ -158,6 +158,12 @@ def _none_kind(row: Mapping[str, Any], folder: Path) -> Tokenizer:
     return NoTokenizer()
 
 
+def _dna_kind(row: Mapping[str, Any], folder: Path) -> Tokenizer:
+    from xexport.runtimes.dna import DnaTokenizer
+
+    return DnaTokenizer()
+
+
 def _world_kind(row: Mapping[str, Any], folder: Path) -> Tokenizer:
     from xexport.runtimes.world import WorldTokenizer
 
@@ -179,6 +185,7 @@ def _file(row: Mapping[str, Any], folder: Path) -> Path:
 
 _KINDS: dict[str, Callable[[Mapping[str, Any], Path], Tokenizer]] = {
     "bytes": _bytes_kind,
+    "dna": _dna_kind,
     "huggingface": _hugging_face_kind,
     "none": _none_kind,
     "rwkv-world": _world_kind,

@@ -9,19 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chunk_form import assert_same, in_chunks
+from chunk_form import assert_same, error, in_chunks
 from chunk_form import draw_tokens as tokens
 from chunk_form import new_state as fresh
+from exported import sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
 
+import xexport
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.errors import CheckpointError, InputError, LimitError
+from xexport.core.records import Fidelity
 from xexport.core.registry import get_family
+from xexport.core.results import read_records
 from xexport.models.hyena import Hyena, HyenaConfig, HyenaTrain
+from xexport.runtimes.tokenizers import load_tokenizer
 
 FAMILY = get_family("hyena")
 TINY: HyenaConfig = FAMILY.presets["tiny"]
@@ -269,6 +274,63 @@ def test_hyenadna_checkpoint_loads(tmp_path: Path) -> None:
     for key, tensor in want.items():
         tolerance = TOLERANCES["model_fp32"] if ".filters." in key else 0.0
         assert_same([loaded.tensors[key]], [tensor], tolerance)
+
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "hyenadna" / "golden.npz")
+
+
+def authors_own(path: Path, rename: dict[str, str]) -> Path:
+    """The checkpoint whose hidden states the authors' code gave, with some parts of its names changed."""
+    out = {}
+    for name in GOLDEN.files:
+        if name.startswith("hyena."):
+            renamed = name
+            for theirs, other in rename.items():
+                renamed = renamed.replace(theirs, other)
+            out[renamed] = torch.from_numpy(GOLDEN[name])
+    save_file(out, path)
+    return path
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "rename",
+    [{}, {"hyena.": "model.", ".mixer.": ".mixer.layer.", ".mlp.": ".mlp.layer."}],
+    ids=["hugging-face", "recomputed"],
+)
+def test_hyenadna_standalone_code(tmp_path: Path, rename: dict[str, str]) -> None:
+    """Logits of a whole window, by its tied head, from the authors' hidden states; made once (golden/)."""
+    raw = open_checkpoint(authors_own(tmp_path / "dna.safetensors", rename))
+    assert FAMILY.recognise(raw)
+    loaded = FAMILY.load(raw)
+    assert loaded.tokenizer == "dna"
+    module = FAMILY.build(loaded.config).eval().requires_grad_(False)
+    module.load_state_dict(loaded.tensors)
+    want = torch.from_numpy(GOLDEN["hidden"]) @ module.head.weight.T
+    got = module(torch.from_numpy(GOLDEN["tokens"]), *fresh(module, 2))[0]
+    assert error(got, want) < TOLERANCES["oracle_fp32"]
+
+
+def test_dna_letters_have_the_authors_ids() -> None:
+    tokenizer = load_tokenizer({"kind": "dna"}, Path())
+    assert tokenizer.encode("ACGTNNTTGACaGXC") == GOLDEN["ids"].tolist()
+    assert tokenizer.encode("AC\nGT\n") == tokenizer.encode("ACGT")
+    assert tokenizer.decode([7, 8, 9, 10, 11, 6, 1, 14]) == "ACGTN[UNK][SEP]\ufffd"
+    assert tokenizer.end_ids == {1}
+    with pytest.raises(InputError, match="no DNA"):
+        tokenizer.encode("Call me Ishmael"[:4].lower())
+
+
+def test_hyenadna_exports_and_streams_letters(tmp_path: Path) -> None:
+    """From its own file to letters; judged on the built-in genome."""
+    path = authors_own(tmp_path / "dna.safetensors", {})
+    bundle = xexport.export(str(path), target="cpu-int8", out=tmp_path / "out", sizes=sizes(), distill=4)
+    assert bundle.manifest.tokenizer["kind"] == "dna"
+    stream = bundle.stream()
+    text = "".join(stream.generate("ACGTACGT", 20, temperature=1.0, seed=0))
+    assert text
+    row = next(r for r in read_records(bundle.path / "results.jsonl") if isinstance(r, Fidelity))
+    assert row.setup.text == "lambda_phage.txt"
 
 
 def test_truncated_hyenadna_is_refused(tmp_path: Path) -> None:

@@ -93,7 +93,9 @@ def test_any_cut_gives_the_same(T: int, D: int, N: int, cut: int) -> None:
     assert worst(whole, x) < TOLERANCES["op_fp32"]
     parts, state = [], x["state"]
     for part in (slice(0, min(cut, T)), slice(min(cut, T), T)):
-        y, state = kernel("modal_conv", x | {"packed": x["packed"][:, part], "state": state}, native_library())
+        y, state = kernel(
+            "modal_conv", x | {"packed": x["packed"][:, part], "state": state}, native_library()
+        )
         parts.append(y)
     assert np.array_equal(np.concatenate(parts, 1), whole[0])
     assert np.array_equal(state, whole[1])

@@ -4,10 +4,10 @@ With packed = [x0, x1, v] side by side and z = x1 v, a channel with N complex mo
 
     s_t[n] = lambda[n] s_{t-1}[n] + z_t          y_t = x0_t (Re sum_n R[n] s_t[n] + D z_t)
 
-which is x0 (h * z) for the filter h_t = Re sum_n R[n] lambda[n]^t + [t = 0] D. Complex numbers are pairs (real,
-imaginary) on the axis before the last. Sources: Massaroli et al., Laughing Hyena Distillery, arXiv 2310.18780,
-sections 2.2 and 3.1 (the modal form and its recurrence); togethercomputer/stripedhyena (Apache-2.0), whose
-state is updated before it is read, as here.
+which is x0 (h * z) for the filter h_t = Re sum_n R[n] lambda[n]^t + [t = 0] D. Complex numbers are pairs
+(real, imaginary) on the axis before the last. Sources: Massaroli et al., Laughing Hyena Distillery, arXiv
+2310.18780, sections 2.2 and 3.1 (the modal form and its recurrence); togethercomputer/stripedhyena
+(Apache-2.0), whose state is updated before it is read, as here.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def modal_conv(
 
 
 @modal_conv.register_fake
-def _(
-    packed: Tensor, poles: Tensor, residues: Tensor, skip: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(packed: Tensor, poles: Tensor, residues: Tensor, skip: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, width = packed.shape
     return packed.new_empty(batch, tokens, width // 3), state.new_empty(state.shape)
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from xexport.core.errors import InputError
 from xexport.core.progress import Progress, Silent
 
-__all__ = ["Modes", "distil_filters"]
+__all__ = ["Modes", "distill_filters"]
 
 _TAPS = 8192  # that the poles are fitted to
 _BLOCK = 64
@@ -62,7 +62,7 @@ class Modes:
     norms: Tensor
 
 
-def distil_filters(filters: Tensor, order: int, progress: Progress | None = None) -> Modes:
+def distill_filters(filters: Tensor, order: int, progress: Progress | None = None) -> Modes:
     """Fit ``order`` complex modes to each of the filters ``[F,L]``; ``progress`` advances F steps.
 
     Raises:
@@ -115,14 +115,15 @@ class _Taps:
         time = torch.arange(self.length, dtype=h.dtype)
         rows = torch.stack((weighted, h * time), 1)
         rows = torch.nn.functional.pad(rows, (0, -self.length % _BLOCK))
-        self.rows = rows.unflatten(-1, (-1, _BLOCK))  # [F,2,blocks,64]
+        self.rows = rows.reshape(*rows.shape[:2], -1, _BLOCK)  # [F,2,blocks,64]
 
     def moments(self, log_poles: Tensor) -> Tensor:
         """``sum_t h_t lambda^t`` (weighted) and ``sum_t t h_t lambda^t``: complex ``[F,2,order]``."""
         inside = _powers(log_poles, _BLOCK, 1)
         outside = _powers(log_poles, self.rows.shape[2], _BLOCK)
         products = self.rows @ torch.cat((inside.real, inside.imag), -1)[:, None]
-        return (torch.complex(*products.chunk(2, -1)) * outside[:, None]).sum(2)
+        sums: Tensor = (torch.complex(*products.chunk(2, -1)) * outside[:, None]).sum(2)
+        return sums
 
 
 class _Point:
@@ -136,8 +137,8 @@ class _Point:
         self.moments = taps.moments(log_poles)
         self.gram = _gram(self.plus[0] + _HEAD**2 - 1, self.minus[0] + _HEAD**2 - 1)
         right = _pair(self.moments[:, 0])
-        scale = self.gram.diagonal(dim1=1, dim2=2) + 1e-300
-        ridged = self.gram + torch.diag_embed(_RIDGE * scale)
+        self.scale = _mode_scale(self.gram)
+        ridged = self.gram + torch.diag_embed(_RIDGE * self.scale)
         self.coefficients = torch.linalg.solve(ridged, right[..., None])[..., 0]
         self.residues = torch.complex(*self.coefficients.chunk(2, -1))
         self.cost = taps.square - (self.coefficients * right).sum(1)  # with the ridge's
@@ -155,12 +156,11 @@ class _Point:
         )
         ours = torch.cat((slope, torch.ones_like(slope)), 1)  # d log lambda of a step in rate and in angle
         cross, square = cross * ours[:, None], square * ours[:, :, None] * ours[:, None]
-        gram = torch.cat(
-            (torch.cat((self.gram, cross), 2), torch.cat((cross.mT, square), 2)), 1
+        gram = torch.cat((torch.cat((self.gram, cross), 2), torch.cat((cross.mT, square), 2)), 1)
+        square_scale = square.diagonal(dim1=1, dim2=2)
+        ridge = torch.cat(
+            (_RIDGE * self.scale, damping[:, None] * square_scale + _RIDGE * _mode_scale(square)), 1
         )
-        scale = gram.diagonal(dim1=1, dim2=2)
-        half = scale.shape[1] // 2
-        ridge = torch.cat((torch.full_like(scale[:, :half], _RIDGE), damping[:, None].expand(-1, half)), 1)
         right = torch.cat(
             (
                 _pair(self.moments[:, 0]) - (self.gram @ self.coefficients[..., None])[..., 0],
@@ -168,8 +168,9 @@ class _Point:
             ),
             1,
         )
-        solid = scale * ridge + 1e-12 * scale.amax(1, keepdim=True) + 1e-300
-        return torch.linalg.solve(gram + torch.diag_embed(solid), right[..., None])[:, half:, 0]
+        step = torch.linalg.solve(gram + torch.diag_embed(ridge), right[..., None])
+        move: Tensor = step[:, ridge.shape[1] // 2 :, 0]
+        return move
 
 
 class _Fit:
@@ -213,7 +214,8 @@ def _made(log_poles: Tensor, residues: Tensor, length: int) -> Tensor:
     outside = _powers(log_poles, -(-length // _BLOCK), _BLOCK) * residues[:, None]
     inside = _powers(log_poles, _BLOCK, 1)
     rows = torch.cat((outside.real, -outside.imag), -1) @ torch.cat((inside.real, inside.imag), -1).mT
-    return rows.flatten(1)[:, :length]
+    taps: Tensor = rows.reshape(len(rows), -1)[:, :length]
+    return taps
 
 
 def _series(log_z: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,6 +226,12 @@ def _series(log_z: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     one = (z * zero - length * end) * over
     two = (z * (zero + 2 * one) - length**2 * end) * over
     return zero, one, two
+
+
+def _mode_scale(gram: Tensor) -> Tensor:
+    """The size of each mode for both of its columns, one of which vanishes where a pole is real."""
+    first, second = gram.diagonal(dim1=1, dim2=2).chunk(2, -1)
+    return ((first + second) / 2 + 1e-300).repeat(1, 2)
 
 
 def _pair(z: Tensor) -> Tensor:
@@ -262,11 +270,13 @@ def _leading_vectors(h: Tensor, rank: int) -> Tensor:
     def product(x: Tensor, count: int) -> Tensor:
         """Rows of ``x`` times the matrix (or its transpose, which is the same formula)."""
         y = torch.fft.irfft(spectrum * torch.fft.rfft(x.flip(-1), n=size), n=size)
-        return y[..., x.shape[-1] - 1 : x.shape[-1] - 1 + count]
+        part: Tensor = y[..., x.shape[-1] - 1 : x.shape[-1] - 1 + count]
+        return part
 
     kept = min(rank + 8, rows)
     seed = torch.Generator().manual_seed(0)
     x = torch.randn(1, kept, columns, dtype=h.dtype, generator=seed).expand(len(h), -1, -1)
     y = torch.linalg.qr(product(x, rows).mT)[0].mT
     x = torch.linalg.qr(product(y, columns).mT)[0].mT
-    return torch.linalg.svd(product(x, rows).mT, full_matrices=False)[0][..., :rank]
+    vectors: Tensor = torch.linalg.svd(product(x, rows).mT, full_matrices=False)[0][..., :rank]
+    return vectors
