@@ -15,8 +15,8 @@ nothing, as D, which the operator has anyhow, makes it exact.
 
 The residues are kept from cancelling each other (two poles that meet have infinite ones) by a small ridge.
 Poles of a filter longer than 8192 taps are fitted on every s-th tap; residues and errors are those of all.
-Everything is deterministic, in float64. No table of powers is made: products with taps are matrix products over
-blocks of 64 taps, and those of powers with powers are geometric series in closed form,
+Everything is deterministic, in float64. No table of powers is made: products with taps are matrix products
+over blocks of 64 taps, and those of powers with powers are geometric series in closed form,
 
     sum_t z^t,  sum_t t z^t,  sum_t t^2 z^t      with z = lambda_i lambda_j and z = lambda_i conj(lambda_j).
 """

@@ -64,6 +64,7 @@ _SHOWN = frozenset(
         "bits_per_byte",
         "bits_per_byte_se",
         "bits_lost",
+        "distilled",
         "kl",
         "same_top1",
         "same_top1_se",
