@@ -82,7 +82,9 @@ def _dna_names(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
     names = {k: k.replace(".mixer.layer.", ".mixer.").replace(".mlp.layer.", ".mlp.") for k in tensors}
     return {
-        f"hyena.{n.removeprefix('model.')}" if n.startswith("model.backbone.") else n.removeprefix("model."): t
+        f"hyena.{n.removeprefix('model.')}"
+        if n.startswith("model.backbone.")
+        else n.removeprefix("model."): t
         for n, t in ((names[k], v) for k, v in tensors.items())
     }
 

@@ -61,8 +61,8 @@ def find_tokenizer(
     """The tokenizer to ship.
 
     Args:
-        choice: ``bytes``, ``dna``, ``none``, ``rwkv-world`` (the vocabulary of the installed package ``rwkv``), or
-            the path of a tokenizer.json, of a World vocabulary, or of a folder with one of them; None
+        choice: ``bytes``, ``dna``, ``none``, ``rwkv-world`` (the vocabulary of the installed package
+            ``rwkv``), or the path of a tokenizer.json, of a World vocabulary, or of a folder with one of them; None
             looks beside the checkpoint.
         checkpoint: its file or folder.
         kind: what the family says its tokens are (``bytes``, ``dna``, ``rwkv-world``), if it knows.
@@ -118,7 +118,8 @@ def _at(path: Path) -> Shipped:
         raise InputError(
             "there is no such tokenizer",
             got=path,
-            allowed=f"bytes, dna, none, rwkv-world, or the path of a {_HUGGING_FACE} or a World vocabulary (.txt)",
+            allowed="bytes, dna, none, rwkv-world, "
+            f"or the path of a {_HUGGING_FACE} or a World vocabulary (.txt)",
         )
     if path.suffix == ".json":
         return _hugging_face(path)

@@ -139,7 +139,7 @@ def test_source_says_what_it_was_and_what_it_costs() -> None:
     exact = resolve("hyena", preset="tiny")
     source = distilled(exact, 5)
     assert source.exact is exact
-    assert source.max_tokens is None
+    assert source.contract.max_tokens is None
     assert source.config == exact.config | {"distilled_order": 5}
     text = "\n".join(source.notes)
     assert "distilled to 5 modes a filter: an approximation" in text

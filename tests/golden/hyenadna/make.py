@@ -1,9 +1,9 @@
 """What the authors' own HyenaDNA gives for small random weights: ``python make.py standalone_hyenadna.py``.
 
-The argument is that file of github.com/HazyResearch/hyena-dna at d553021b (Apache-2.0), which stays outside of
-this repository. It asks for torchvision for one layer that drops nothing in evaluation, and for the base class
-of transformers' tokenizers, whose interface has changed since: both are replaced by what is needed of them.
-The checkpoint has the names of the Hugging Face folders: ``hyena.`` before those of the file.
+The argument is that file of github.com/HazyResearch/hyena-dna at d553021b (Apache-2.0), which stays outside
+of this repository. It asks for torchvision for one layer that drops nothing in evaluation, and for the base
+class of transformers' tokenizers, whose interface has changed since: both are replaced by what is needed of
+them. The checkpoint has the names of the Hugging Face folders: ``hyena.`` before those of the file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ import torch
 __all__ = ["TEXT", "make"]
 
 TEXT = "ACGTNNTTGACaGXC"
-_LAYER = {"l_max": 40, "order": 2, "filter_order": 8, "emb_dim": 5, "num_inner_mlps": 2, "w": 10, "shift": 0.05}
+_LAYER = {
+    "l_max": 40,
+    "order": 2,
+    "filter_order": 8,
+    "emb_dim": 5,
+    "num_inner_mlps": 2,
+    "w": 10,
+    "shift": 0.05,
+}
 
 
 class _Whole(torch.nn.Module):
