@@ -62,8 +62,8 @@ def find_tokenizer(
 
     Args:
         choice: ``bytes``, ``dna``, ``none``, ``rwkv-world`` (the vocabulary of the installed package
-            ``rwkv``), or the path of a tokenizer.json, of a World vocabulary, or of a folder with one of them; None
-            looks beside the checkpoint.
+            ``rwkv``), or the path of a tokenizer.json, of a World vocabulary, or of a folder with one of
+            them; None looks beside the checkpoint.
         checkpoint: its file or folder.
         kind: what the family says its tokens are (``bytes``, ``dna``, ``rwkv-world``), if it knows.
         vocab: V of the model; a tokenizer with more ids that was only found is not taken.
