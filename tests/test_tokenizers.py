@@ -58,7 +58,7 @@ def test_kinds_come_from_the_manifest(tmp_path: Path) -> None:
     assert load_tokenizer({}, tmp_path).kind == "none"
     with pytest.raises(BundleError) as caught:
         load_tokenizer({"kind": "sentencepiece"}, tmp_path)
-    assert "bytes, huggingface, none, rwkv-world" in str(caught.value)
+    assert "bytes, dna, huggingface, none, rwkv-world" in str(caught.value)
 
 
 @pytest.mark.parametrize(
