@@ -83,7 +83,7 @@ def test_every_option_reaches_the_pipeline(exported: dict[str, Any]) -> None:
     done = _run(
         *("mamba", "--target", "cpu-fp32", "--weights", "w", "--out", "d", "--eval-text", "t.txt"),
         *("--tokenizer", "bytes"),
-        *("--preset", "tiny", "--seed", "5", "--force", "--quiet"),
+        *("--preset", "tiny", "--distill", "8", "--seed", "5", "--force", "--quiet"),
     )
     assert done.exit_code == 0, done.output
     exported.pop("progress")
@@ -95,6 +95,7 @@ def test_every_option_reaches_the_pipeline(exported: dict[str, Any]) -> None:
         "eval_text": Path("t.txt"),
         "tokenizer": "bytes",
         "preset": "tiny",
+        "distill": 8,
         "seed": 5,
         "force": True,
     }
