@@ -44,6 +44,7 @@ def translation_table() -> dict[Any, Callable[..., Any]]:
     table[aten.item.default] = _item
     table[aten.to.dtype] = _to_dtype
     table[aten.floor_divide.default] = _floor_divide
+    table[aten.index_select.default] = _index_select
     return table
 
 
@@ -74,6 +75,13 @@ def _floor_divide(x: Any, y: Any) -> Any:
     if x.dtype is not None and x.dtype.is_integer():
         return opset23.Div(opset23.Sub(x, opset23.Mod(x, y)), y)
     return opset23.Floor(opset23.Div(x, y))
+
+
+def _index_select(x: Any, dim: int, index: Any) -> Any:
+    """One Gather: torch.onnx puts a Reshape and a Cast before it, once for every use of an index."""
+    if not len(index.shape):
+        index = opset23.Reshape(index, opset23.Constant(value_ints=[1]))  # type: ignore[arg-type]
+    return opset23.Gather(x, index, axis=dim)
 
 
 def _bare_node(spec: OpSpec) -> Callable[..., Any]:

@@ -1,0 +1,202 @@
+"""Block Transformer: transformers' GPT-NeoX put together as the authors do, chunk law, exports."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chunk_form import (
+    check_cuts,
+    check_export,
+    check_gradients,
+    check_init,
+    check_training_form,
+    error,
+    load_module,
+    new_state,
+    random_model,
+    role,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tolerances import TOLERANCES
+from torch import Tensor, nn
+
+import xexport
+from xexport.core.checkpoint import open_checkpoint
+from xexport.core.errors import CheckpointError, InputError, LimitError
+from xexport.core.registry import family_names, get_family
+from xexport.models.block_transformer import BlockTransformerConfig
+
+FAMILY = get_family("block_transformer")
+VARIANTS: dict[str, BlockTransformerConfig] = {
+    k: v for k, v in FAMILY.presets.items() if k.startswith("tiny")
+}
+TINY = VARIANTS["tiny"]
+each_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    name=st.sampled_from([*VARIANTS]),
+    batch=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=5),
+    seed=st.integers(0, 50),
+)
+def test_any_cut_gives_the_same_logits_and_state(
+    name: str, batch: int, lengths: list[int], seed: int
+) -> None:
+    check_cuts(random_model(FAMILY, VARIANTS[name], seed), batch, lengths)
+
+
+@each_variant
+def test_training_form_is_the_chunk_form_from_the_first_state(name: str) -> None:
+    check_training_form(FAMILY, VARIANTS[name])
+    check_gradients(FAMILY, VARIANTS[name])
+
+
+def test_init_depends_on_the_seed_alone() -> None:
+    check_init(FAMILY, TINY)
+
+
+class Authors(nn.Module):
+    """The authors' model with their names: lookup embedder, two GPT-NeoX of transformers, prefix decoding."""
+
+    def __init__(self, block: int, prefix: int, width: int, token_width: int, heads: int = 16) -> None:
+        super().__init__()
+        transformers = pytest.importorskip("transformers", reason="the oracle is not installed")
+
+        def decoder(hidden: int, layers: int) -> Any:
+            config = transformers.GPTNeoXConfig(
+                vocab_size=29,
+                hidden_size=hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                intermediate_size=2 * hidden,
+                max_position_embeddings=64,
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "partial_rotary_factor": 0.25,
+                },
+                initializer_range=0.3,
+            )
+            return transformers.GPTNeoXModel(config)
+
+        self.block, self.prefix = block, prefix
+        self.embedder, self.block_decoder, self.token_decoder = nn.Module(), nn.Module(), nn.Module()
+        self.embedder.embeddings = nn.Embedding(29, width // block)
+        self.block_decoder.gpt_neox = decoder(width, 2)
+        self.block_decoder.gpt_neox.embed_in = None
+        self.token_decoder.gpt_neox = decoder(token_width, 1)
+        self.token_decoder.expansion_layer = nn.Conv1d(width, prefix * token_width, 1)
+        self.token_decoder.embed_out = nn.Linear(token_width, 29, bias=False)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.add_(torch.randn_like(p) * 0.1)
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        """``[N,P]`` -> logits ``[N-1,P,V]`` of the tokens of every block but the first."""
+        rows = self.embedder.embeddings(blocks).flatten(1)
+        context = self.block_decoder.gpt_neox(inputs_embeds=rows[None]).last_hidden_state
+        expanded = self.token_decoder.expansion_layer(context.transpose(1, 2)).transpose(1, 2)[0, :-1]
+        given_ = expanded.reshape(len(blocks) - 1, self.prefix, -1)
+        read = self.token_decoder.gpt_neox.embed_in(blocks[1:, :-1])
+        hidden = self.token_decoder.gpt_neox(inputs_embeds=torch.cat((given_, read), 1)).last_hidden_state
+        logits: Tensor = self.token_decoder.embed_out(hidden[:, self.prefix - 1 :])
+        return logits
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("block", "prefix"), [(4, 2), (3, 1), (2, 3)])
+def test_parity_with_gpt_neox_put_together(tmp_path: Path, block: int, prefix: int) -> None:
+    torch.manual_seed(0)
+    width = 16 * 8 * (3 if block == 3 else 1)
+    model = Authors(block, prefix, width, 128).eval().requires_grad_(False)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    raw = open_checkpoint(tmp_path / "model.pt")
+    assert {n for n in family_names() if get_family(n).recognise(raw)} == {"block_transformer"}
+    module = load_module(FAMILY, tmp_path / "model.pt")
+    tokens = torch.randint(0, 29, (1, 5 * block))
+    # the block before the first is one of end tokens; the logits after token t are those of token t+1
+    blocks = torch.cat((torch.zeros(1, block, dtype=torch.int64), tokens.view(-1, block)))
+    want = model(blocks).flatten(0, 1)[1:]
+    state, pieces = new_state(module, 1), []
+    for piece in tokens.split([1, 1, block + 1, 1, 4 * block - 4], 1):
+        got, *state = module(piece, *state)
+        pieces.append(got)
+    assert error(torch.cat(pieces, 1)[0, :-1], want) < TOLERANCES["oracle_fp32"]
+
+
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
+def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
+    check_export(exporter, "block_transformer", target)
+
+
+def test_the_longest_stream(exporter: Any) -> None:
+    module = random_model(FAMILY, replace(TINY, blocks=3))
+    assert module.max_tokens == 9
+    _, *state = module(torch.zeros(1, 9, dtype=torch.int64), *new_state(module, 1))
+    with pytest.raises(LimitError):
+        module(torch.zeros(1, 4, dtype=torch.int64), *state)
+    bundle = xexport.load(exporter("block_transformer", "cpu-fp32"))
+    assert bundle.manifest.model.max_tokens == 96
+    with pytest.raises(LimitError):
+        bundle.stream().feed([1] * 97)
+
+
+def test_loads_a_file_of_our_own_training(tmp_path: Path) -> None:
+    metadata = {
+        "xexport.family": "block_transformer",
+        "xexport.layout": "training",
+        "xexport.config": json.dumps(vars(TINY)),
+    }
+    tensors = {k: v for k, v in random_model(FAMILY, TINY).state_dict().items() if not k.endswith("turns")}
+    save_file(tensors, tmp_path / "own.safetensors", metadata)
+    raw = open_checkpoint(tmp_path / "own.safetensors")
+    assert "metadata" in str(FAMILY.recognise(raw))
+    assert FAMILY.load(raw).config == TINY
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="not a Block Transformer"):
+        FAMILY.load(open_checkpoint(tmp_path / "other.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "change", [{"block": 0}, {"block": 5}, {"heads": 5}, {"rotary": 0.4}, {"start_token": 29}], ids=str
+)
+def test_a_bad_configuration_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        replace(TINY, **change)
+
+
+def test_preset_has_the_published_parameter_count() -> None:
+    """85 million besides the embeddings, the head and the prefix' expansion (the authors' name for it)."""
+    with torch.device("meta"):
+        module = FAMILY.build(FAMILY.presets["85m"])
+    inside = sum(p.numel() for n, p in module.named_parameters() if ".layers." in n)
+    assert inside == pytest.approx(85e6, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("embedder.embeddings.weight", "embedding"),
+        ("token_decoder.gpt_neox.embed_in.weight", "embedding"),
+        ("token_decoder.embed_out.weight", "head"),
+        ("token_decoder.expansion_layer.weight", "projection"),
+        ("block_decoder.gpt_neox.layers.0.attention.dense.bias", "norm"),
+        ("block_decoder.gpt_neox.layers.1.mlp.dense_4h_to_h.weight", "projection"),
+        ("block_decoder.gpt_neox.final_layer_norm.weight", "norm"),
+        ("turns", "other"),
+    ],
+)
+def test_roles(name: str, wanted: str) -> None:
+    assert role(FAMILY, TINY, name) == wanted
