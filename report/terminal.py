@@ -259,9 +259,13 @@ def _compare(data: Record) -> Iterable[RenderableType]:
     ]
     yield _rows("compared", rows)
     steps = [{"ms at token": m["label"], **m["step_ms"]} for m in models]
-    yield _rows("one step", steps)
+    streams = any(m["step_ms"] for m in models)
+    yield _rows("one step", steps) if streams else ""
     rates = [{n: round(r) for n, r in m["prefill_tokens_per_s"].items()} for m in models]
-    yield _rows("prefill", [{"tokens/s of": m["label"], **r} for m, r in zip(models, rates, strict=True)])
+    yield _rows(
+        "prefill" if streams else "whole sequences",
+        [{"tokens/s of": m["label"], **r} for m, r in zip(models, rates, strict=True)],
+    )
     for text in data["findings"]:
         yield f"- {_plain(text)}"
     if not data["recorded"]:

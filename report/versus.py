@@ -43,11 +43,12 @@ def side_by_side(rivals: Sequence[Rival]) -> Table:
     """One row a bundle: size, accuracy, prefill, first and last step, state."""
     places, length = common_positions(rivals), common_prefill(rivals)
     ends = [places[0], places[-1]] if len(places) > 1 else places
+    streams = any(r.manifest.model.contract.streams for r in rivals)
     columns = (
         "Model", "Parameters", "Weights", "Bits per byte",
-        *([f"Prefill {length} /s"] if length else []),
+        *([f"{'Prefill' if streams else 'Pass of'} {length} /s"] if length else []),
         *(f"Step at {fmt.count(p)}" for p in ends),
-        "State", "+ a token", "Longest",
+        *(["State", "+ a token"] if streams else []), "Longest",
     )  # fmt: skip
     rows = []
     for r in rivals:
@@ -64,12 +65,23 @@ def side_by_side(rivals: Sequence[Rival]) -> Table:
                     else []
                 ),
                 *(_step_text(r, p) for p in ends),
-                fmt.bytes_text(r.state.at(1)),
-                fmt.bytes_text(r.state.per_token) if r.state.grows else "0",
-                fmt.count(r.state.bound) if r.state.bound else "no limit",
+                *(_state_cells(r) if streams else ()),
+                _longest(r),
             )
         )
     return Table(columns, rows, tuple(range(1, len(columns))))
+
+
+def _state_cells(rival: Rival) -> tuple[str, str]:
+    added = fmt.bytes_text(rival.state.per_token) if rival.state.grows else "0"
+    return fmt.bytes_text(rival.state.at(1)), added
+
+
+def _longest(rival: Rival) -> str:
+    fixed = rival.manifest.model.fixed_length
+    if fixed is not None:
+        return f"exactly {fmt.count(fixed)}"
+    return fmt.count(rival.state.bound) if rival.state.bound else "no limit"
 
 
 def steps_table(rivals: Sequence[Rival]) -> Table:

@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 
+_SIDE = "Step times after so many tokens; the state after the first, and what every token adds to it."
+_SIDE_WHOLE = "Whole sequences in one call each: these models have no steps and no state."
+
+
 class Tile(NamedTuple):
     """One headline figure."""
 
@@ -54,7 +58,7 @@ def compared_tables(rivals: Sequence[Rival]) -> list[Section]:
         Section(
             "side",
             "Side by side",
-            "Step times after so many tokens; the state after the first, and what every token adds to it.",
+            _SIDE if any(r.manifest.model.contract.streams for r in rivals) else _SIDE_WHOLE,
             side_by_side(rivals),
         ),
         Section(

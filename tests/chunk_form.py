@@ -16,6 +16,7 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from xexport.core.checkpoint import open_checkpoint
+from xexport.core.contract import contract_of
 from xexport.core.family import Family
 from xexport.core.state import StateSpec, state_shape
 
@@ -191,7 +192,7 @@ def check_whole_export(exporter: Any, family: str, target: str, share: float = 1
     module: Any = resolve(family, preset="tiny").eager()
     allowed = TOLERANCES[f"tiny_logits_{target.removeprefix('cpu-')}"]
     errors = []
-    for length in (1, 2, 23, 24, 61, 130):
+    for length in contract_of(module).lengths((1, 2, 23, 24, 61, 130)):
         tokens = np.random.default_rng(length).integers(0, module.vocab_size, length)
         want = module(torch.from_numpy(tokens)[None])[0][0].numpy()
         got = bundle.stream().feed(tokens)[0]

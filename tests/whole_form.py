@@ -1,21 +1,18 @@
-"""What every family in the whole form is asked, and small modules of both forms and kinds of input."""
+"""Small modules of both forms and kinds of input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from tolerances import TOLERANCES
 from torch import Tensor, nn
 
-import xexport
-from xexport.core.contract import InputSpec, contract_of
+from xexport.core.contract import InputSpec
 from xexport.core.state import StateSpec
 
-__all__ = ["ChunksOfFrames", "Encoder", "WholeFrames", "check_whole_export", "sizes"]
+__all__ = ["ChunksOfFrames", "Encoder", "WholeFrames", "sizes"]
 
 VOCAB, WIDTH, FRAME = 29, 24, 20
 
@@ -91,27 +88,3 @@ def sizes(timed: bool = False) -> Any:
     from xexport.evaluate.suite import Sizes
 
     return Sizes(256, 256, chunk_tokens=24, steps=10, prefill=(16,), positions=(), timed=timed)
-
-
-def check_whole_export(exporter: Any, family: str, target: str) -> xexport.Bundle:
-    """The bundle of the tiny preset against PyTorch at two batches, and what its manifest says."""
-    from xexport.models._resolve import resolve
-
-    bundle = xexport.load(exporter(family, target))
-    module: Any = resolve(family, preset="tiny").eager()
-    contract = contract_of(module)
-    assert bundle.manifest.model.contract == contract
-    assert not contract.streams
-    assert bundle.manifest.state == ()
-    allowed = TOLERANCES[f"tiny_logits_{target.removeprefix('cpu-')}"]
-    for batch, length in ((1, 23), (2, 40)):
-        length = contract.nearest(length)
-        tokens = np.random.default_rng(2).integers(0, module.vocab_size, (batch, length))
-        want = module(torch.from_numpy(tokens))[0].numpy()
-        got = bundle.stream(batch=batch).feed(tokens)
-        assert got.shape == want.shape
-        assert float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))) < allowed
-    checks = bundle.manifest.checks
-    assert "does not apply" in checks["chunk_law"]
-    assert max(checks["parity"].values()) < TOLERANCES["model_fp32"]
-    return bundle
