@@ -1,6 +1,6 @@
 """``optimum-cli export xexport``: the exporter as a command of Hugging Face's optimum.
 
-The wheel holds this file a second time, as ``optimum/commands/register/register_xexport.py``: optimum looks
+The wheel puts this file at ``optimum/commands/register/register_xexport.py``, since optimum looks
 for commands in that namespace (PEP 420), where every distribution may put files of its own.
 """
 
