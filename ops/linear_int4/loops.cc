@@ -15,7 +15,8 @@ namespace xexport::XEXPORT_ISA {
 namespace {
 
 constexpr int64_t kMany = 12;    // tokens from which panels earn back their packing
-constexpr int64_t kAhead = 512;  // bytes of a row that are prefetched
+constexpr int64_t kAhead = 512;        // bytes of a row that are prefetched
+constexpr int64_t kScalesAhead = 48;  // scales
 constexpr int64_t kBlock = 32;
 constexpr int64_t kBlockBytes = kBlock / 2;
 constexpr int kBlocksAtOnce = kNarrow / 16;
@@ -81,92 +82,94 @@ XEXPORT_INLINE Signed read_numbers(const uint8_t* p) {
 #endif
 }
 
-// Scales [blocks, kGroup] of kGroup rows, one row a lane.
-template <bool Whole>
-XEXPORT_INLINE void group_scales(const Product& p, int64_t row, int64_t step, int64_t count, float* to) {
-  const uint16_t* scales = static_cast<const uint16_t*>(p.scales) + row * p.blocks;
-  const uint16_t* from[kGroup];
-  for (int r = 0; r < kGroup; ++r) from[r] = scales + (Whole || r < count ? r : count - 1) * step * p.blocks;
+// Scales [blocks, kRows] of kRows rows, one row a lane.
+XEXPORT_INLINE void row_scales(const Product& p, const int64_t* lines, float* to) {
+  const uint16_t* from[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    from[r] = static_cast<const uint16_t*>(p.scales) + lines[r] * p.blocks;
+    prefetch(from[r] + kScalesAhead);
+  }
   int64_t b = 0;
   for (; b + kGroup <= p.blocks; b += kGroup) {
-    Ints v[kGroup];
-    for (int r = 0; r < kGroup; ++r) v[r] = (Ints)read_halves(from[r] + b);
-    transpose_group(v);
-    for (int r = 0; r < kGroup; ++r) write(to + (b + r) * kGroup, v[r]);
+    Ints v[kRows];
+    for (int r = 0; r < kRows; ++r) v[r] = (Ints)read_halves(from[r] + b);
+    transpose_fours(v);
+    for (int i = 0; i < kRows; ++i) {
+#if defined(__AVX2__)
+      write(to + (b + i) * kRows, __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3));
+      write(to + (b + kRows + i) * kRows, __builtin_shufflevector(v[i], v[i], 4, 5, 6, 7));
+#else
+      write(to + (b + i) * kRows, v[i]);
+#endif
+    }
   }
   for (; b < p.blocks; ++b) {
-    for (int r = 0; r < kGroup; ++r) to[b * kGroup + r] = half_to_float(from[r][b]);
+    for (int r = 0; r < kRows; ++r) to[b * kRows + r] = half_to_float(from[r][b]);
   }
 }
 
-// Sums of products of kGroup rows with kBlocksAtOnce blocks of one token: sums[i] is of block i, a row a lane.
-template <bool Whole, bool All, bool Ahead>
-XEXPORT_INLINE void block_sums(const uint8_t* w, int64_t stride, int64_t count, const uint8_t* x, Ints* sums) {
+// Sums of products of kRows rows with kBlocksAtOnce blocks of one token: sums[i] is of block i, a row a lane.
+template <bool All, bool Ahead>
+XEXPORT_INLINE void block_sums(const uint8_t* const* w, int64_t at, const uint8_t* x, RowInts* sums) {
   const Signed even = read_numbers<All>(x), odd = read_numbers<All>(x + 16);
-  Shorts parts[kGroup];
-#pragma GCC unroll 8
-  for (int r = 0; r < kGroup; ++r) {
-    const uint8_t* at = w + (Whole || r < count ? r : count - 1) * stride;
-    if (Ahead) prefetch(at + kAhead);
-    const Bytes v = read_codes<All>(at);
+  Shorts parts[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    if (Ahead) prefetch(w[r] + at + kAhead);
+    const Bytes v = in_register(read_codes<All>(w[r] + at));
     const Bytes low = v & 15, high = (Bytes)((Words)v >> 4) & 15;
-    parts[r] = madd_nibbles<kNarrow>(low, even) + madd_nibbles<kNarrow>(high, odd);
+    parts[r] = in_register(madd_nibbles<kNarrow>(low, even));
+    parts[r] = in_register(parts[r] + madd_nibbles<kNarrow>(high, odd));
   }
-  const Shorts ones = Shorts{} + 1;
-  const Ints first = madd<kNarrow>(four_sums(parts[0], parts[1], parts[2], parts[3]), ones);
+  const Ints both = madd<kNarrow>(four_sums(parts[0], parts[1], parts[2], parts[3]), Shorts{} + 1);
 #if defined(__AVX2__)
-  const Ints second = madd<kNarrow>(four_sums(parts[4], parts[5], parts[6], parts[7]), ones);
-  sums[0] = lower(first, second);
-  sums[1] = upper(first, second);
+  sums[0] = __builtin_shufflevector(both, both, 0, 1, 2, 3);
+  sums[1] = __builtin_shufflevector(both, both, 4, 5, 6, 7);
 #else
-  sums[0] = first;
+  sums[0] = both;
 #endif
 }
 
 // As in linear_int8: rows row, row + step ... with one token.
-template <bool Whole>
-void group(const Product& p, int64_t row, int64_t step, int64_t count, int64_t token, const float* scales) {
-  const int64_t stride = step * p.blocks * kBlockBytes;
-  const uint8_t* w = p.codes + row * p.blocks * kBlockBytes;
+template <bool Ahead>
+XEXPORT_INLINE void group(const Product& p, const int64_t* lines, int64_t count, int64_t token, const float* scales) {
+  const uint8_t* w[kRows];
+  for (int r = 0; r < kRows; ++r) w[r] = p.codes + lines[r] * p.blocks * kBlockBytes;
   const uint8_t* x = p.quantized.codes + token * p.quantized.row_bytes;
   const float* x_scales = p.quantized.scales + token * p.blocks;
   const int32_t* offsets = p.quantized.offsets + token * p.blocks;
-  Floats result = {};
-  const auto add = [&](int64_t b, Ints sums) __attribute__((always_inline)) {
-    const Floats scale = read<Floats>(scales + b * kGroup) * all_floats(x_scales[b]);
-    result = fused<Floats>(to_floats(sums - all_ints(offsets[b])), scale, result);
+  RowFloats result = {};
+  const auto add = [&](int64_t b, RowInts sums) __attribute__((always_inline)) {
+    const RowFloats scale = read<RowFloats>(scales + b * kRows) * x_scales[b];
+    result = fused<RowFloats>(__builtin_convertvector(sums - (offsets[b] - RowInts{}), RowFloats), scale, result);
   };
-  Ints sums[kBlocksAtOnce];
+  RowInts sums[kBlocksAtOnce];
   int64_t b = 0;
-  for (; b + 2 * kBlocksAtOnce <= p.blocks; b += 2 * kBlocksAtOnce) {
-    block_sums<Whole, true, true>(w + b * kBlockBytes, stride, count, x + b * kBlock, sums);
-    for (int i = 0; i < kBlocksAtOnce; ++i) add(b + i, sums[i]);
-    const int64_t next = b + kBlocksAtOnce;
-    block_sums<Whole, true, false>(w + next * kBlockBytes, stride, count, x + next * kBlock, sums);
-    for (int i = 0; i < kBlocksAtOnce; ++i) add(next + i, sums[i]);
-  }
+#pragma GCC unroll 1
   for (; b + kBlocksAtOnce <= p.blocks; b += kBlocksAtOnce) {
-    block_sums<Whole, true, false>(w + b * kBlockBytes, stride, count, x + b * kBlock, sums);
+    block_sums<true, Ahead>(w, b * kBlockBytes, x + b * kBlock, sums);
     for (int i = 0; i < kBlocksAtOnce; ++i) add(b + i, sums[i]);
   }
   if (b < p.blocks) {
-    block_sums<Whole, false, false>(w + b * kBlockBytes, stride, count, x + b * kBlock, sums);
+    block_sums<false, false>(w, b * kBlockBytes, x + b * kBlock, sums);
     add(b, sums[0]);
   }
-  float* y = p.y + token * p.columns + row;
-  for (int64_t r = 0; r < (Whole ? kGroup : count); ++r) y[r * step] = result[r];
+  for (int64_t r = 0; r < count; ++r) p.y[token * p.columns + lines[r]] = result[r];
 }
 
-template <bool Whole>
+// Rows row, row + step ..., of which `count` exist, with every token.
 void tokens(const Product& p, int64_t row, int64_t step, int64_t count, float* scratch) {
-  group_scales<Whole>(p, row, step, count, scratch);
-  for (int64_t t = 0; t < p.tokens; ++t) group<Whole>(p, row, step, count, t, scratch);
+  int64_t lines[kRows];
+  for (int r = 0; r < kRows; ++r) lines[r] = row + (r < count ? r : count - 1) * step;
+  row_scales(p, lines, scratch);
+  group<true>(p, lines, count, 0, scratch);
+  for (int64_t t = 1; t < p.tokens; ++t) group<false>(p, lines, count, t, scratch);
 }
 
 void rows(const Product& p, int64_t first, int64_t last, float* scratch) {
-  const int64_t step = (last - first) / kGroup, rest = first + step * kGroup;
-  for (int64_t i = 0; i < step; ++i) tokens<true>(p, first + i, step, kGroup, scratch);
-  if (rest < last) tokens<false>(p, rest, 1, last - rest, scratch);
+  const int64_t step = (last - first) / kRows, rest = first + step * kRows;
+  for (int64_t i = 0; i < step; ++i) tokens(p, first + i, step, kRows, scratch);
+  if (rest < last) tokens(p, rest, 1, last - rest, scratch);
 }
 
 struct Format {
@@ -228,7 +231,7 @@ struct Format {
 
 }  // namespace
 
-const ProductLoops linear_int4_loops = {kGroup,       kPanel,   kMany, row_bytes,
+const ProductLoops linear_int4_loops = {kRows,        kPanel,   kMany, row_bytes,
                                         scratch_size, quantize, rows,  quantized_tile<Format>};
 
 }  // namespace xexport::XEXPORT_ISA

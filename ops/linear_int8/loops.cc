@@ -16,7 +16,8 @@ namespace xexport::XEXPORT_ISA {
 namespace {
 
 constexpr int64_t kMany = 12;    // tokens from which panels earn back their packing
-constexpr int64_t kAhead = 512;  // bytes of a row that are prefetched: eight rows at a time hide the memory
+constexpr int64_t kAhead = 512;  // bytes of a row that are prefetched
+constexpr int64_t kScalesAhead = 32;
 
 typedef Of<kBytes>::S16 WideShorts;
 
@@ -45,70 +46,81 @@ void quantize(const float* x, int64_t depth, int64_t blocks, int64_t block, uint
   }
 }
 
-// The product of kGroup rows of weights, row, row + step, row + 2 step ..., of which `count` exist, with Tokens
+// The sums of one block of kRows rows with Tokens tokens, x[t] being where the token's block is.
+template <int Tokens, bool Ahead>
+XEXPORT_INLINE void block_sums(const uint8_t* const* w, int64_t block, const uint8_t* const* x,
+                               RowInts* sums) {
+  Ints parts[Tokens][kRows] = {};
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < block; k += kNarrow) {
+    Shorts even[Tokens], odd[Tokens];
+    for (int t = 0; t < Tokens; ++t) {
+      even[t] = read<Shorts>(x[t] + k * 2);
+      odd[t] = read<Shorts>(x[t] + k * 2 + kNarrow);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      if (Ahead) prefetch(w[r] + k + kAhead);
+      const Words v = in_register(read<Words>(w[r] + k));
+      const Shorts low = (Shorts)(v & 255), high = (Shorts)(v >> 8);
+      for (int t = 0; t < Tokens; ++t) {
+        parts[t][r] = in_register(parts[t][r] + madd<kNarrow>(low, even[t]));
+        parts[t][r] = in_register(parts[t][r] + madd<kNarrow>(high, odd[t]));
+      }
+    }
+  }
+  for (int t = 0; t < Tokens; ++t) sums[t] = row_sums(parts[t]);
+}
+
+// The product of kRows rows of weights, row, row + step, row + 2 step ..., of which `count` exist, with Tokens
 // tokens. One by one the rows would be too short for the processor to see where they lead, so `step` makes
 // each lane's rows follow one another in memory.
-template <int Tokens, bool Whole>
+template <int Tokens>
 XEXPORT_INLINE void group(const Product& p, int64_t row, int64_t step, int64_t count, int64_t token) {
-  constexpr int kAtOnce = Tokens == 1 ? kGroup : 4;  // rows whose sums stay in registers
-  const int64_t stride = step * p.blocks * p.block;
-  const uint8_t* w = p.codes + row * p.blocks * p.block;
-  const float* scales = static_cast<const float*>(p.scales) + row * p.blocks;
-  Floats result[Tokens] = {};
+  const uint8_t* w[kRows];
+  const float* scales[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t line = row + (r < count ? r : count - 1) * step;
+    w[r] = p.codes + line * p.blocks * p.block;
+    scales[r] = static_cast<const float*>(p.scales) + line * p.blocks;
+    if (Tokens == 1) prefetch(scales[r] + kScalesAhead);
+  }
+  const uint8_t* x[Tokens];
+  for (int t = 0; t < Tokens; ++t) x[t] = p.quantized.codes + (token + t) * p.quantized.row_bytes;
+  RowFloats result[Tokens] = {};
   for (int64_t b = 0; b < p.blocks; ++b) {
-    Ints parts[Tokens][kGroup];
-#pragma GCC unroll 2
-    for (int r0 = 0; r0 < kGroup; r0 += kAtOnce) {
-      Ints sums[Tokens][kAtOnce] = {};
-      for (int64_t k = b * p.block; k < (b + 1) * p.block; k += kNarrow) {
-        Shorts even[Tokens], odd[Tokens];
-        for (int t = 0; t < Tokens; ++t) {
-          const uint8_t* x = p.quantized.codes + (token + t) * p.quantized.row_bytes + k * 2;
-          even[t] = read<Shorts>(x);
-          odd[t] = read<Shorts>(x + kNarrow);
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < kAtOnce; ++r) {
-          const int64_t line = Whole ? r0 + r : (r0 + r < count ? r0 + r : count - 1);
-          const uint8_t* at = w + line * stride + k;
-          if (Tokens == 1 && Whole && k % 64 == 0) prefetch(at + kAhead);
-          const Words v = read<Words>(at);
-          const Shorts low = (Shorts)(v & 255), high = (Shorts)(v >> 8);
-          for (int t = 0; t < Tokens; ++t) {
-            sums[t][r] += madd<kNarrow>(low, even[t]);
-            sums[t][r] += madd<kNarrow>(high, odd[t]);
-          }
-        }
-      }
-      for (int t = 0; t < Tokens; ++t) {
-        for (int r = 0; r < kAtOnce; ++r) parts[t][r0 + r] = sums[t][r];
-      }
+    RowInts sums[Tokens];
+    if (p.block == 128) {
+      block_sums<Tokens, Tokens == 1>(w, 128, x, sums);
+    } else {
+      block_sums<Tokens, Tokens == 1>(w, p.block, x, sums);
     }
-    const Floats scale = column(scales + b, step * p.blocks, Whole ? kGroup : count);
+    const RowFloats scale = {scales[0][b], scales[1][b], scales[2][b], scales[3][b]};
     for (int t = 0; t < Tokens; ++t) {
       const int64_t at = (token + t) * p.blocks + b;
-      const Ints sum = group_sums(parts[t]) - all_ints(p.quantized.offsets[at]);
-      result[t] = fused<Floats>(to_floats(sum), scale * all_floats(p.quantized.scales[at]), result[t]);
+      const RowInts sum = sums[t] - p.quantized.offsets[at];
+      result[t] = fused<RowFloats>(__builtin_convertvector(sum, RowFloats), scale * p.quantized.scales[at], result[t]);
+      x[t] += p.block * 2;
     }
+    for (int r = 0; r < kRows; ++r) w[r] += p.block;
   }
   for (int t = 0; t < Tokens; ++t) {
     float* y = p.y + (token + t) * p.columns + row;
-    for (int64_t r = 0; r < (Whole ? kGroup : count); ++r) y[r * step] = result[t][r];
+    for (int64_t r = 0; r < count; ++r) y[r * step] = result[t][r];
   }
 }
 
-template <bool Whole>
 void tokens(const Product& p, int64_t row, int64_t step, int64_t count) {
   int64_t t = 0;
-  for (; t + 3 <= p.tokens; t += 3) group<3, Whole>(p, row, step, count, t);
-  if (p.tokens - t == 2) group<2, Whole>(p, row, step, count, t);
-  if (p.tokens - t == 1) group<1, Whole>(p, row, step, count, t);
+  for (; t + 3 <= p.tokens; t += 3) group<3>(p, row, step, count, t);
+  if (p.tokens - t == 2) group<2>(p, row, step, count, t);
+  if (p.tokens - t == 1) group<1>(p, row, step, count, t);
 }
 
 void rows(const Product& p, int64_t first, int64_t last, float*) {
-  const int64_t step = (last - first) / kGroup, rest = first + step * kGroup;
-  for (int64_t i = 0; i < step; ++i) tokens<true>(p, first + i, step, kGroup);
-  if (rest < last) tokens<false>(p, rest, 1, last - rest);
+  const int64_t step = (last - first) / kRows, rest = first + step * kRows;
+  for (int64_t i = 0; i < step; ++i) tokens(p, first + i, step, kRows);
+  if (rest < last) tokens(p, rest, 1, last - rest);
 }
 
 struct Format {
@@ -164,7 +176,7 @@ struct Format {
 
 }  // namespace
 
-const ProductLoops linear_int8_loops = {kGroup, kPanel, kMany, row_bytes, scratch_size, quantize, rows,
+const ProductLoops linear_int8_loops = {kRows, kPanel, kMany, row_bytes, scratch_size, quantize, rows,
                                         quantized_tile<Format>};
 
 }  // namespace xexport::XEXPORT_ISA

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <thread>
 
 #include "operator.h"
 #include "products.h"
@@ -62,7 +63,9 @@ class Linear {
  private:
   static constexpr int64_t kTokensAtOnce = 1024;
   static constexpr int64_t kQuantizedAtOnce = 8;  // tokens
-  static constexpr double kJobBytes = 1 << 17;    // of weights, where they are what takes the time
+  // Bytes of weights of a job, where they are what takes the time: its four streams are long enough for the
+  // processor to follow, and it is worth waking a thread.
+  static constexpr double kJobBytes = 1 << 18, kLeastJobBytes = 1 << 15;
   static constexpr int64_t kManyJobs = 8;
   static constexpr int64_t kTokensOfTile = 96;
 
@@ -83,12 +86,20 @@ class Linear {
     task.quantized = {codes, row, scales, offsets};
   }
 
+  // As many jobs for each core, so that all end at the same time.
+  static int64_t jobs_of(double bytes) {
+    static const int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
+    const auto most = static_cast<int64_t>(bytes / kLeastJobBytes);
+    const int64_t rounds = 1 + static_cast<int64_t>(bytes / (kJobBytes * static_cast<double>(cores)));
+    return std::max<int64_t>(1, std::min(cores * rounds, most));
+  }
+
   void multiply(const Call& call, const Product& task) const {
     const auto room = static_cast<size_t>(loops_.scratch(task));
     const double bytes = Format::bytes(task), columns = static_cast<double>(task.columns);
     if (task.tokens < loops_.many) {
       const int64_t groups = (task.columns + loops_.group - 1) / loops_.group;
-      const auto at_once = std::max<int64_t>(1, static_cast<int64_t>(kJobBytes / bytes * static_cast<double>(groups)));
+      const int64_t at_once = (groups + jobs_of(bytes) - 1) / jobs_of(bytes);
       const int64_t step = at_once * loops_.group;
       call.parallel((groups + at_once - 1) / at_once, bytes * static_cast<double>(task.tokens), [&](int64_t job) {
         const int64_t last = std::min(task.columns, (job + 1) * step);
