@@ -24,58 +24,62 @@ struct F16 {
   XEXPORT_INLINE float one(const uint16_t* p) { return half_to_float(*p); }
 };
 
-// Rows row, row + step ... with Tokens tokens: step makes each lane's rows follow one another in memory.
-template <class Weight, int Tokens, bool Whole>
+// Rows row, row + step ..., of which `count` exist, with Tokens tokens: step makes each lane's rows follow one
+// another in memory. Every sum has two halves, so that the next product needn't wait for the last one.
+template <class Weight, int Tokens>
 XEXPORT_INLINE void group(const Product& p, int64_t row, int64_t step, int64_t count, int64_t token) {
-  constexpr int kAtOnce = Tokens == 1 ? kGroup : 4;
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(typename Weight::Number));
-  const auto* w = reinterpret_cast<const typename Weight::Number*>(p.codes) + row * p.depth;
+  constexpr int kAtOnce = Tokens == 1 ? kRows : 2;  // rows whose sums stay in registers
+  const typename Weight::Number* w[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t line = row + (r < count ? r : count - 1) * step;
+    w[r] = reinterpret_cast<const typename Weight::Number*>(p.codes) + line * p.depth;
+  }
   const float* x = p.x + token * p.depth;
-  const int64_t vectors = p.depth / kGroup * kGroup;
-  Floats parts[Tokens][kGroup];
+  const int64_t pairs = p.depth / (2 * kGroup) * (2 * kGroup);
+  Floats parts[Tokens][kRows];
 #pragma GCC unroll 2
-  for (int r0 = 0; r0 < kGroup; r0 += kAtOnce) {
-    Floats sums[Tokens][kAtOnce] = {};
-    for (int64_t k = 0; k < vectors; k += kGroup) {
-      Floats xk[Tokens];
-      for (int t = 0; t < Tokens; ++t) xk[t] = read<Floats>(x + t * p.depth + k);
-#pragma GCC unroll 8
+  for (int r0 = 0; r0 < kRows; r0 += kAtOnce) {
+    Floats sums[Tokens][kAtOnce][2] = {};
+#pragma GCC unroll 1
+    for (int64_t k = 0; k < pairs; k += 2 * kGroup) {
+#pragma GCC unroll 4
       for (int r = 0; r < kAtOnce; ++r) {
-        const auto* at = w + (Whole || r0 + r < count ? r0 + r : count - 1) * step * p.depth + k;
-        if (Tokens == 1 && Whole && k % kLine == 0) prefetch(reinterpret_cast<const uint8_t*>(at) + kAhead);
-        const Floats v = Weight::read(at);
-        for (int t = 0; t < Tokens; ++t) sums[t][r] += v * xk[t];
+        if (Tokens == 1) prefetch(reinterpret_cast<const uint8_t*>(w[r0 + r] + k) + kAhead);
+        for (int h = 0; h < 2; ++h) {
+          const Floats v = Weight::read(w[r0 + r] + k + h * kGroup);
+          for (int t = 0; t < Tokens; ++t) {
+            sums[t][r][h] = fused<Floats>(v, read<Floats>(x + t * p.depth + k + h * kGroup), sums[t][r][h]);
+          }
+        }
       }
     }
     for (int t = 0; t < Tokens; ++t) {
-      for (int r = 0; r < kAtOnce; ++r) parts[t][r0 + r] = sums[t][r];
+      for (int r = 0; r < kAtOnce; ++r) parts[t][r0 + r] = sums[t][r][0] + sums[t][r][1];
     }
   }
   for (int t = 0; t < Tokens; ++t) {
-    Floats result = group_sums(parts[t]);
-    for (int64_t k = vectors; k < p.depth; ++k) {
-      for (int r = 0; r < (Whole ? kGroup : static_cast<int>(count)); ++r) {
-        result[r] += Weight::one(w + r * step * p.depth + k) * x[t * p.depth + k];
-      }
+    RowFloats result = row_sums(parts[t]);
+    for (int64_t k = pairs; k < p.depth; ++k) {
+      for (int r = 0; r < kRows; ++r) result[r] += Weight::one(w[r] + k) * x[t * p.depth + k];
     }
     float* y = p.y + (token + t) * p.columns + row;
-    for (int64_t r = 0; r < (Whole ? kGroup : count); ++r) y[r * step] = result[r];
+    for (int64_t r = 0; r < count; ++r) y[r * step] = result[r];
   }
 }
 
-template <class Weight, bool Whole>
+template <class Weight>
 void tokens(const Product& p, int64_t row, int64_t step, int64_t count) {
   int64_t t = 0;
-  for (; t + 3 <= p.tokens; t += 3) group<Weight, 3, Whole>(p, row, step, count, t);
-  if (p.tokens - t == 2) group<Weight, 2, Whole>(p, row, step, count, t);
-  if (p.tokens - t == 1) group<Weight, 1, Whole>(p, row, step, count, t);
+  for (; t + 3 <= p.tokens; t += 3) group<Weight, 3>(p, row, step, count, t);
+  if (p.tokens - t == 2) group<Weight, 2>(p, row, step, count, t);
+  if (p.tokens - t == 1) group<Weight, 1>(p, row, step, count, t);
 }
 
 template <class Weight>
 void rows(const Product& p, int64_t first, int64_t last, float*) {
-  const int64_t step = (last - first) / kGroup, rest = first + step * kGroup;
-  for (int64_t i = 0; i < step; ++i) tokens<Weight, true>(p, first + i, step, kGroup);
-  if (rest < last) tokens<Weight, false>(p, rest, 1, last - rest);
+  const int64_t step = (last - first) / kRows, rest = first + step * kRows;
+  for (int64_t i = 0; i < step; ++i) tokens<Weight>(p, first + i, step, kRows);
+  if (rest < last) tokens<Weight>(p, rest, 1, last - rest);
 }
 
 // Numbers [from, to) of a panel's rows, one row a lane.
@@ -149,7 +153,7 @@ void tile(const Product& p, int64_t first, int64_t begin, int64_t end, float* pa
 
 }  // namespace
 
-const ProductLoops linear_f32_loops = {kGroup, kPanel, kMany, row_bytes, scratch_size, nullptr, rows<F32>, tile<F32>};
-const ProductLoops linear_f16_loops = {kGroup, kPanel, kMany, row_bytes, scratch_size, nullptr, rows<F16>, tile<F16>};
+const ProductLoops linear_f32_loops = {kRows, kPanel, kMany, row_bytes, scratch_size, nullptr, rows<F32>, tile<F32>};
+const ProductLoops linear_f16_loops = {kRows, kPanel, kMany, row_bytes, scratch_size, nullptr, rows<F16>, tile<F16>};
 
 }  // namespace xexport::XEXPORT_ISA

@@ -160,8 +160,9 @@ typedef Of<16>::S32 RowInts;
 typedef Of<16>::F32 RowFloats;
 
 // The sums of kRows vectors, one a lane.
-XEXPORT_INLINE RowInts row_sums(const Ints* v) {
-  const Ints sums = four_sums(v[0], v[1], v[2], v[3]);
+template <class V>
+XEXPORT_INLINE auto row_sums(const V* v) {
+  const V sums = four_sums(v[0], v[1], v[2], v[3]);
 #if defined(__AVX2__)
   return __builtin_shufflevector(sums, sums, 0, 1, 2, 3) + __builtin_shufflevector(sums, sums, 4, 5, 6, 7);
 #else
