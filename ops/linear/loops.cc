@@ -11,7 +11,7 @@ constexpr int64_t kMany = 12;    // tokens from which panels earn back their pac
 constexpr int64_t kAhead = 512;  // bytes of a row that are prefetched
 
 int64_t row_bytes(int64_t, int64_t) { return 0; }
-int64_t scratch_size(const Product&) { return kPanel * kDeep; }
+int64_t scratch_size(const Product&) { return kPanels * kPanel * kDeep; }
 
 struct F32 {
   typedef float Number;
@@ -106,8 +106,8 @@ void pack(const Product& p, int64_t first, int64_t from, int64_t to, float* pane
 }
 
 // kTall tokens and a panel of `deep` numbers, stored in y or added to it.
-XEXPORT_INLINE void float_tile(const float* panel, const float* const* x, int64_t deep, int64_t count, float* y,
-                               int64_t stride, bool is_first) {
+XEXPORT_INLINE void float_tile(const float* panel, const float* const* x, int64_t deep, float* y, int64_t stride,
+                               bool is_first) {
   Vec sums[kTall][kWidth] = {};
   for (int64_t k = 0; k < deep; ++k) {
     Vec w[kWidth];
@@ -120,7 +120,6 @@ XEXPORT_INLINE void float_tile(const float* panel, const float* const* x, int64_
   }
 #pragma GCC unroll 12
   for (int t = 0; t < kTall; ++t) {
-    if (t >= count) break;
     for (int v = 0; v < kWidth; ++v) {
       float* to = y + t * stride + v * kLanes;
       store(to, is_first ? sums[t][v] : load(to) + sums[t][v]);
@@ -129,31 +128,28 @@ XEXPORT_INLINE void float_tile(const float* panel, const float* const* x, int64_
 }
 
 template <class Weight>
-void tile(const Product& p, int64_t first, int64_t begin, int64_t end, float* panel) {
-  const int64_t width = p.columns - first < kPanel ? p.columns - first : kPanel;
-  const bool whole = width == kPanel;
-  const auto bytes = static_cast<size_t>(width) * sizeof(float);
-  alignas(64) float edge[kTall * kPanel];
+void tile(const Product& p, int64_t first, int64_t begin, int64_t end, float* panels) {
+  const int64_t last = first + kPanels * kPanel < p.columns ? first + kPanels * kPanel : p.columns;
   for (int64_t from = 0; from < p.depth; from += kDeep) {
     const int64_t to = from + kDeep < p.depth ? from + kDeep : p.depth;
-    pack<Weight>(p, first, from, to, panel);
+    for (int64_t n = first; n < last; n += kPanel) pack<Weight>(p, n, from, to, panels + (n - first) * kDeep);
     for (int64_t t = begin; t < end; t += kTall) {
       const int64_t count = end - t < kTall ? end - t : kTall;
-      float* y = p.y + t * p.columns + first;
-      for (int64_t i = 0; !whole && from > 0 && i < count; ++i) {
-        std::memcpy(edge + i * kPanel, y + i * p.columns, bytes);
-      }
       const float* x[kTall];
       for (int i = 0; i < kTall; ++i) x[i] = p.x + (t + (i < count ? i : count - 1)) * p.depth + from;
-      float_tile(panel, x, to - from, count, whole ? y : edge, whole ? p.columns : kPanel, from == 0);
-      for (int64_t i = 0; !whole && i < count; ++i) std::memcpy(y + i * p.columns, edge + i * kPanel, bytes);
+      for (int64_t n = first; n < last; n += kPanel) {
+        Corner corner(p, n, t, count);
+        if (from > 0) corner.read();
+        float_tile(panels + (n - first) * kDeep, x, to - from, corner.y(), corner.stride(), from == 0);
+        corner.write();
+      }
     }
   }
 }
 
 }  // namespace
 
-const ProductLoops linear_f32_loops = {kRows, kPanel, kMany, row_bytes, scratch_size, nullptr, rows<F32>, tile<F32>};
-const ProductLoops linear_f16_loops = {kRows, kPanel, kMany, row_bytes, scratch_size, nullptr, rows<F16>, tile<F16>};
+const ProductLoops linear_f32_loops = {kRows, kPanels * kPanel, kMany, row_bytes, scratch_size, nullptr, rows<F32>, tile<F32>};
+const ProductLoops linear_f16_loops = {kRows, kPanels * kPanel, kMany, row_bytes, scratch_size, nullptr, rows<F16>, tile<F16>};
 
 }  // namespace xexport::XEXPORT_ISA

@@ -29,7 +29,7 @@ typedef Of<kBytes>::S16 WideShorts;
 
 int64_t row_bytes(int64_t blocks, int64_t block) { return blocks * block; }
 int64_t scratch_size(const Product& p) {
-  const int64_t panel = kPanel * kDeep / 4, scales = (p.blocks + kGroup) * kGroup;
+  const int64_t panel = kPanels * kPanel * kDeep / 4, scales = (p.blocks + kGroup) * kGroup;
   return (panel > scales ? panel : scales) + 64;
 }
 
@@ -209,8 +209,8 @@ struct Format {
     return half_to_float(static_cast<const uint16_t*>(p.scales)[row * p.blocks + b]);
   }
 
-  XEXPORT_INLINE void sums(const uint8_t* panel, int64_t, const uint8_t* const* x, const int32_t* offsets,
-                                  const int64_t* at, IntVec (*sums)[kWidth]) {
+  XEXPORT_INLINE void sums(const uint8_t* panel, int64_t, const uint8_t* const* x, const int32_t* const* offsets,
+                           int64_t b, IntVec (*sums)[kWidth]) {
     WideShorts parts[kTall][kWidth] = {};
     for (int64_t k = 0; k < kBlock; k += 4) {
       WideBytes w[kWidth];
@@ -224,14 +224,14 @@ struct Format {
     const WideShorts ones = WideShorts{} + 1;
 #pragma GCC unroll 12
     for (int t = 0; t < kTall; ++t) {
-      for (int v = 0; v < kWidth; ++v) sums[t][v] = madd<kBytes>(parts[t][v], ones) - offsets[at[t]];
+      for (int v = 0; v < kWidth; ++v) sums[t][v] = madd<kBytes>(parts[t][v], ones) - offsets[t][b];
     }
   }
 };
 
 }  // namespace
 
-const ProductLoops linear_int4_loops = {kRows,        kPanel,   kMany, row_bytes,
+const ProductLoops linear_int4_loops = {kRows,        kPanels * kPanel, kMany, row_bytes,
                                         scratch_size, quantize, rows,  quantized_tile<Format>};
 
 }  // namespace xexport::XEXPORT_ISA

@@ -19,10 +19,12 @@ constexpr int64_t kMany = 12;    // tokens from which panels earn back their pac
 constexpr int64_t kAhead = 512;  // bytes of a row that are prefetched
 constexpr int64_t kScalesAhead = 32;
 
+constexpr int64_t kUnits = 2;  // of a panel that a loop takes at once
+
 typedef Of<kBytes>::S16 WideShorts;
 
 int64_t row_bytes(int64_t blocks, int64_t block) { return blocks * block * 2; }
-int64_t scratch_size(const Product&) { return kPanel * kDeep / 2 + 64; }
+int64_t scratch_size(const Product&) { return kPanels * kPanel * kDeep / 2 + 64; }
 
 void quantize(const float* x, int64_t depth, int64_t blocks, int64_t block, uint8_t* codes, float* scales,
               int32_t* offsets) {
@@ -156,19 +158,22 @@ struct Format {
     return static_cast<const float*>(p.scales)[row * p.blocks + b];
   }
 
-  XEXPORT_INLINE void sums(const uint8_t* panel, int64_t block, const uint8_t* const* x, const int32_t* offsets,
-                                  const int64_t* at, IntVec (*sums)[kWidth]) {
+  XEXPORT_INLINE void sums(const uint8_t* panel, int64_t block, const uint8_t* const* x, const int32_t* const* offsets,
+                           int64_t b, IntVec (*sums)[kWidth]) {
 #pragma GCC unroll 12
     for (int t = 0; t < kTall; ++t) {
-      for (int v = 0; v < kWidth; ++v) sums[t][v] = IntVec{} - offsets[at[t]];
+      for (int v = 0; v < kWidth; ++v) sums[t][v] = IntVec{} - offsets[t][b];
     }
-    for (int64_t k = 0; k < block * 2; k += 4) {
-      WideShorts w[kWidth];
-      for (int v = 0; v < kWidth; ++v) w[v] = read<WideShorts>(panel + k * kPanel + v * kBytes);
+    for (int64_t k = 0; k < block * 2; k += 4 * kUnits) {
+#pragma GCC unroll 2
+      for (int u = 0; u < kUnits; ++u) {
+        WideShorts w[kWidth];
+        for (int v = 0; v < kWidth; ++v) w[v] = read<WideShorts>(panel + (k + 4 * u) * kPanel + v * kBytes);
 #pragma GCC unroll 12
-      for (int t = 0; t < kTall; ++t) {
-        const auto a = (WideShorts)(read<int32_t>(x[t] + k) - IntVec{});
-        for (int v = 0; v < kWidth; ++v) sums[t][v] += madd<kBytes>(w[v], a);
+        for (int t = 0; t < kTall; ++t) {
+          const auto a = (WideShorts)(read<int32_t>(x[t] + k + 4 * u) - IntVec{});
+          for (int v = 0; v < kWidth; ++v) add_madd<kBytes>(sums[t][v], w[v], a);
+        }
       }
     }
   }
@@ -176,7 +181,7 @@ struct Format {
 
 }  // namespace
 
-const ProductLoops linear_int8_loops = {kRows, kPanel, kMany, row_bytes, scratch_size, quantize, rows,
+const ProductLoops linear_int8_loops = {kRows, kPanels * kPanel, kMany, row_bytes, scratch_size, quantize, rows,
                                         quantized_tile<Format>};
 
 }  // namespace xexport::XEXPORT_ISA

@@ -70,6 +70,19 @@ XEXPORT_INLINE typename Of<N>::S32 madd(typename Of<N>::S16 a, typename Of<N>::S
 #endif
 }
 
+// sum += madd(a, b). Written out for AVX2, as a compiler that may order a long row of sums runs out of registers.
+template <int N>
+XEXPORT_INLINE void add_madd(typename Of<N>::S32& sum, typename Of<N>::S16 a, typename Of<N>::S16 b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (N == 32) {
+    typename Of<N>::S32 products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "x"(b));
+    return;
+  }
+#endif
+  sum += madd<N>(a, b);
+}
+
 // The same of 4-bit numbers and signed bytes: lane i is u[2i] s[2i] + u[2i+1] s[2i+1]; nothing can overflow.
 template <int N>
 XEXPORT_INLINE typename Of<N>::S16 madd_nibbles(typename Of<N>::U8 u, typename Of<N>::S8 s) {
