@@ -52,9 +52,14 @@ def test_every_target_has_a_scheme_and_fp32_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-@pytest.mark.parametrize("role", ["decay", "gate", "low_rank", "norm", "filter", "conv", "other"])
+@pytest.mark.parametrize("role", ["decay", "gate", "norm", "filter", "conv", "other"])
 def test_what_steers_the_recurrence_stays_float(name: str, role: str) -> None:
     assert get_scheme(name).formats[role] == "float32"
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_low_rank_projections_keep_16_bits(name: str) -> None:
+    assert get_scheme(name).formats["low_rank"] == "float16"
 
 
 def test_unknown_scheme_names_the_nearest() -> None:
