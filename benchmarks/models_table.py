@@ -4,10 +4,11 @@
     python benchmarks/models_table.py --folder /tmp/tables --oracles oracles.json
 
 Families are found by looking in models/. Each one's tiny preset is exported for every target into the
-folder (a bundle that is there is read), unless --no-export; operators and targets are from the bundles'
-manifests, the state's formula from evaluating state_spec() at several widths, depths and lengths, errors
-from what the oracle tests recorded, bits per byte from zoo/results.json. Writes models/_table.json, which
-`xexport models` shows, and the README's table. A family that was not measured again keeps its rows.
+folder (a bundle that is there is read; a target that refuses a family is not one of its), unless
+--no-export; operators and targets are from the bundles' manifests, the state's formula from evaluating
+state_spec() at several widths, depths and lengths, errors from what the oracle tests recorded, bits per
+byte from zoo/results.json. Writes models/_table.json, which `xexport models` shows, and the README's
+table. A family that was not measured again keeps its rows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 
 import xexport
 from xexport.core.contract import Contract, contract_of
-from xexport.core.errors import XexportError
+from xexport.core.errors import ExportError, RuntimeFailure, XexportError
 from xexport.core.manifest import read_manifest
 from xexport.core.progress import for_terminal
 from xexport.core.registry import family_names, get_family
@@ -118,9 +119,12 @@ def exported(family: str, folder: Path, make: bool) -> dict[str, Path]:
     for target in target_names():
         path = folder / f"{family}-tiny-{target}"
         if not path.is_dir() and make:
-            xexport.export(
-                family, target=target, preset="tiny", out=path, sizes=_SIZES, progress=for_terminal()
-            )
+            try:
+                xexport.export(
+                    family, target=target, preset="tiny", out=path, sizes=_SIZES, progress=for_terminal()
+                )
+            except (ExportError, RuntimeFailure) as error:  # not a target of this family
+                print(f"{family} for {target}: {error}")
         if path.is_dir():
             found[target] = path
     return found

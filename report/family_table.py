@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xexport.report import format as fmt
@@ -33,8 +33,17 @@ def _row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
         fmt.bytes_text(state["bytes"]),
         state["formula"] or fmt.MISSING,
         ", ".join(f"`{op}`" for op in row.get("operators") or ()) or fmt.MISSING,
-        ", ".join(row.get("targets") or ()) or fmt.MISSING,
+        _by_runtime(row.get("targets") or ()) or fmt.MISSING,
         ", ".join(f"{who} {fmt.figure(error, 2)}" for who, error in (row.get("oracles") or {}).items())
         or fmt.MISSING,
         f"{bits:.3f}" if bits is not None else fmt.MISSING,
     )
+
+
+def _by_runtime(targets: Sequence[str]) -> str:
+    """``cpu-fp32, cpu-int8, openvino-fp32`` -> ``cpu: fp32, int8; openvino: fp32``."""
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        place, _, precision = target.rpartition("-")
+        found.setdefault(place or target, []).append(precision if place else "")
+    return "; ".join(f"{place}: {', '.join(names)}" for place, names in found.items())
