@@ -20,7 +20,14 @@ from xexport.core.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RawCheckpoint", "match_tensors", "open_checkpoint", "own_config", "require_keys"]
+__all__ = [
+    "RawCheckpoint",
+    "match_tensors",
+    "open_checkpoint",
+    "own_config",
+    "require_keys",
+    "require_own_config",
+]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -148,6 +155,29 @@ def own_config(raw: RawCheckpoint, family: str, config: type[ConfigT]) -> Config
         raise CheckpointError(
             f"the {family} configuration in the metadata can't be read", got=f"{raw.path.name}: {error}"
         ) from error
+
+
+def require_own_config(
+    raw: RawCheckpoint, family: str, config: type[ConfigT], *, title: str, fix: str = ""
+) -> ConfigT:
+    """:func:`own_config` of a family that reads nothing else.
+
+    Args:
+        title: the family as a person writes it, with its article: ``a Performer``.
+        fix: why there is nothing else to read, if there is a reason.
+
+    Raises:
+        CheckpointError: the file is not of our own training.
+    """
+    found = own_config(raw, family, config)
+    if found is None:
+        raise CheckpointError(
+            f"this is not {title} checkpoint that can be read",
+            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
+            allowed="a safetensors file from xexport's own training",
+            fix=fix or None,
+        )
+    return found
 
 
 def _open_folder(folder: Path) -> RawCheckpoint:

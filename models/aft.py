@@ -43,8 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
-from xexport.core.errors import CheckpointError, InputError
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState, layer_states
@@ -390,14 +390,9 @@ def _init(module: nn.Module, seed: int) -> None:
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = own_config(raw, "aft", AftConfig)
-    if config is None:
-        raise CheckpointError(
-            "this is not an AFT checkpoint that can be read",
-            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="a safetensors file from xexport's own training",
-            fix="none was published: the paper's authors gave no code",
-        )
+    config = require_own_config(
+        raw, "aft", AftConfig, title="an AFT", fix="none was published: the paper's authors gave no code"
+    )
     with torch.device("meta"):
         trained, wanted = AftTraining(config), Aft(config)
     tensors = _from_training(config, match_tensors(raw.tensors, trained, raw.path.name))

@@ -38,9 +38,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
 from xexport.core.contract import InputSpec
-from xexport.core.errors import CheckpointError, InputError
+from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import layer_states
@@ -272,13 +272,7 @@ def _folded(own: Mapping[str, Tensor], eps: float) -> tuple[Tensor, Tensor]:
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
     """A file of xexport's own training."""
-    config = own_config(raw, "conformer", ConformerConfig)
-    if config is None:
-        raise CheckpointError(
-            "this is not a Conformer checkpoint that can be read",
-            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="a safetensors file from xexport's own training",
-        )
+    config = require_own_config(raw, "conformer", ConformerConfig, title="a Conformer")
     with torch.device("meta"):
         trained, wanted = ConformerTraining(config), _build(config)
     found = match_tensors(raw.tensors, trained, raw.path.name)

@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
-from xexport.core.errors import CheckpointError, InputError
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 
@@ -206,13 +206,7 @@ def _init(module: nn.Module, seed: int) -> None:
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = own_config(raw, "linformer", LinformerConfig)
-    if config is None:
-        raise CheckpointError(
-            "this is not a Linformer checkpoint that can be read",
-            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="a safetensors file from xexport's own training",
-        )
+    config = require_own_config(raw, "linformer", LinformerConfig, title="a Linformer")
     with torch.device("meta"):
         wanted = Linformer(config)
     tensors = match_tensors(raw.tensors, wanted, raw.path.name)

@@ -49,8 +49,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
-from xexport.core.errors import CheckpointError, InputError
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState
@@ -414,14 +414,13 @@ def _init(module: nn.Module, seed: int) -> None:
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = own_config(raw, "lmuformer", LmuFormerConfig)
-    if config is None:
-        raise CheckpointError(
-            "this is not an LMUFormer checkpoint that can be read",
-            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="a safetensors file from xexport's own training",
-            fix="the published classifiers look five tokens ahead: they are no causal language models",
-        )
+    config = require_own_config(
+        raw,
+        "lmuformer",
+        LmuFormerConfig,
+        title="an LMUFormer",
+        fix="the published classifiers look five tokens ahead: they are no causal language models",
+    )
     with torch.device("meta"):
         trained, wanted = LmuFormerTraining(config), LmuFormer(config)
     given = match_tensors({**raw.tensors, "response": _taps(config)}, trained, raw.path.name)

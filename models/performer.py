@@ -41,8 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
-from xexport.core.errors import CheckpointError, InputError
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._rotary import rope_angles, rotate, turns_of
@@ -301,14 +301,13 @@ def _from_training(config: PerformerConfig, tensors: Mapping[str, Tensor]) -> di
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = own_config(raw, "performer", PerformerConfig)
-    if config is None:
-        raise CheckpointError(
-            "this is not a Performer checkpoint that can be read",
-            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="a safetensors file from xexport's own training",
-            fix="published causal Performers look ahead in their keys' normaliser: they can't be streamed",
-        )
+    config = require_own_config(
+        raw,
+        "performer",
+        PerformerConfig,
+        title="a Performer",
+        fix="published causal Performers look ahead in their keys' normaliser: they can't be streamed",
+    )
     with torch.device("meta"):
         wanted = Performer(config)
     tensors = match_tensors(_from_training(config, raw.tensors), wanted, raw.path.name)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from exported import TARGETS
+from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
 
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.contract import contract_of
+from xexport.core.errors import CheckpointError
 from xexport.core.family import Family
 from xexport.core.state import StateSpec, state_shape
 
@@ -27,6 +32,7 @@ __all__ = [
     "check_export",
     "check_gradients",
     "check_init",
+    "check_own_file",
     "check_training_form",
     "check_whole_export",
     "draw_tokens",
@@ -92,6 +98,23 @@ def load_module(family: Family, path: Path) -> Any:
     module = family.build(loaded.config).eval().requires_grad_(False)
     module.load_state_dict(loaded.tensors)
     return module
+
+
+def check_own_file(
+    family: Family, config: Any, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path
+) -> None:
+    """A file of our own training is recognised and read; one of another family is refused."""
+    metadata = {"xexport.layout": "training", "xexport.config": json.dumps(dataclasses.asdict(config))}
+    for name in (family.name, "another"):
+        save_file(dict(tensors), folder / f"{name}.safetensors", {**metadata, "xexport.family": name})
+    raw = open_checkpoint(folder / f"{family.name}.safetensors")
+    assert "metadata" in str(family.recognise(raw))
+    loaded = family.load(raw)
+    assert loaded.config == config
+    assert set(loaded.tensors) == set(wanted)
+    assert all(torch.equal(loaded.tensors[k], v) for k, v in wanted.items())
+    with pytest.raises(CheckpointError, match="can be read"):
+        family.load(open_checkpoint(folder / "another.safetensors"))
 
 
 def error(got: Tensor, want: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from chunk_form import (
     check_export,
     check_gradients,
     check_init,
+    check_own_file,
     error,
     new_state,
     operators,
@@ -25,12 +25,10 @@ from chunk_form import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
 
-from xexport.core.checkpoint import open_checkpoint
-from xexport.core.errors import CheckpointError, InputError
+from xexport.core.errors import InputError
 from xexport.core.registry import get_family
 from xexport.models.gtrxl import Gtrxl, GtrxlConfig, GtrxlTraining
 
@@ -186,18 +184,7 @@ def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
 
 def test_own_checkpoint_loads(tmp_path: Path) -> None:
     module = trained()
-    metadata = {"xexport.layout": "training", "xexport.config": json.dumps(dataclasses.asdict(TINY))}
-    for family in ("gtrxl", "retnet"):
-        path = tmp_path / f"{family}.safetensors"
-        save_file(module.state_dict(), path, {**metadata, "xexport.family": family})
-    raw = open_checkpoint(tmp_path / "gtrxl.safetensors")
-    assert FAMILY.recognise(raw)
-    loaded = FAMILY.load(raw)
-    assert loaded.config == TINY
-    want = chunk_form(module).state_dict()
-    assert all(torch.equal(loaded.tensors[k], v) for k, v in want.items())
-    with pytest.raises(CheckpointError, match="not a GTrXL checkpoint"):
-        FAMILY.load(open_checkpoint(tmp_path / "retnet.safetensors"))
+    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(module).state_dict(), tmp_path)
 
 
 @pytest.mark.parametrize(

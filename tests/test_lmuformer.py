@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from chunk_form import (
     check_cuts,
     check_export,
     check_init,
+    check_own_file,
     error,
     new_state,
     operators,
@@ -23,12 +23,10 @@ from chunk_form import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
 
-from xexport.core.checkpoint import open_checkpoint
-from xexport.core.errors import CheckpointError, InputError
+from xexport.core.errors import InputError
 from xexport.core.registry import get_family
 from xexport.models.lmuformer import LmuFormer, LmuFormerConfig, LmuFormerTraining, _window, legendre
 
@@ -171,21 +169,7 @@ def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
 
 def test_own_checkpoint_loads(tmp_path: Path) -> None:
     module = trained()
-    metadata = {"xexport.layout": "training", "xexport.config": json.dumps(dataclasses.asdict(TINY))}
-    for family in ("lmuformer", "retnet"):
-        save_file(
-            module.state_dict(),
-            tmp_path / f"{family}.safetensors",
-            {**metadata, "xexport.family": family},
-        )
-    raw = open_checkpoint(tmp_path / "lmuformer.safetensors")
-    assert FAMILY.recognise(raw)
-    loaded = FAMILY.load(raw)
-    assert loaded.config == TINY
-    want = chunk_form(module).state_dict()
-    assert all(torch.equal(loaded.tensors[k], v) for k, v in want.items())
-    with pytest.raises(CheckpointError, match="not an LMUFormer checkpoint"):
-        FAMILY.load(open_checkpoint(tmp_path / "retnet.safetensors"))
+    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(module).state_dict(), tmp_path)
 
 
 @pytest.mark.parametrize(
