@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from xexport.core.errors import RuntimeFailure
-from xexport.core.manifest import read_manifest
 from xexport.core.records import Memory, Setup
 
 __all__ = ["measure_memory"]
@@ -29,10 +28,11 @@ def peak(process):
     info = process.memory_info()
     return int(getattr(info, "peak_wset", info.rss))
 
-import importlib, numpy
+import importlib, numpy, pathlib
 import xexport
-folder, count, runtime = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-importlib.import_module(runtime)
+from xexport.core.manifest import read_manifest
+folder, count = sys.argv[1], int(sys.argv[2])
+importlib.import_module(read_manifest(pathlib.Path(folder)).runtime)
 load = xexport.load
 process = psutil.Process()
 start = process.memory_info().rss
@@ -76,7 +76,7 @@ def measure_memory(
     Raises:
         RuntimeFailure: the process failed or did not finish in time.
     """
-    command = [sys.executable, "-c", _CHILD, str(bundle), str(tokens), read_manifest(bundle).runtime]
+    command = [sys.executable, "-c", _CHILD, str(bundle), str(tokens)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:

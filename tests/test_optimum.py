@@ -15,9 +15,11 @@ from xexport.core.manifest import read_manifest
 ROOT = Path(__file__).parent.parent
 #: what an installation does: optimum looks in its own folder only, where the wheel puts the file
 _START = """
-import sys
+import importlib.util, sys
 import optimum.commands
-optimum.commands.__path__.append(sys.argv.pop(1))
+place = sys.argv.pop(1)
+if importlib.util.find_spec("optimum.commands.register") is None:  # an editable install shows it by itself
+    optimum.commands.__path__.append(place)
 from optimum.commands.optimum_cli import main
 main()
 """

@@ -319,10 +319,10 @@ def test_a_wrong_graph_is_named_by_its_layer(
 
     real = graph.write_graph
 
-    def spoiled(model: Any, *rest: Any) -> Any:
+    def spoiled(model: Any, *rest: Any, **options: Any) -> Any:
         node = next(n for n in model.graph if n.name.startswith("blocks.1.ffn") and n.op_type == "Relu")
         node.op_type = "Abs"
-        return real(model, *rest)
+        return real(model, *rest, **options)
 
     monkeypatch.setattr(graph, "write_graph", spoiled)
     with pytest.raises(ParityError) as caught:

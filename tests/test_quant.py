@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def test_every_large_matrix_has_a_role_on_purpose(family: str) -> None:
     for preset in found.presets.values():  # options of a family have parameters of their own
         with torch.device("meta"):
             names |= set(found.build(preset).state_dict())
+            if found.distill is not None:
+                names |= set(found.build(dataclasses.replace(preset, distilled_order=4)).state_dict())
     unused = [
         pattern
         for pattern, role in found.roles

@@ -1,7 +1,8 @@
 """``optimum-cli export xexport``: the exporter as a command of Hugging Face's optimum.
 
 The wheel puts this file at ``optimum/commands/register/register_xexport.py``, since optimum looks
-for commands in that namespace (PEP 420), where every distribution may put files of its own.
+for commands in that namespace (PEP 420), where every distribution may put files of its own. It
+lies in a folder without ``__init__.py``, as optimum asks, for an editable install to show that folder.
 """
 
 from __future__ import annotations
