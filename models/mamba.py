@@ -20,20 +20,15 @@ The depthwise convolution and its SiLU are the operator causal_conv1d, channels 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
 from xexport.core.errors import CheckpointError
 from xexport.core.family import Family, LoadedModel
 from xexport.models._chunk import FromFirstState
-from xexport.models._mamba import MambaFrame, tied_head
-from xexport.ops.causal_conv1d.reference import causal_conv1d
-from xexport.ops.selective_scan.reference import selective_scan
+from xexport.models._mamba import MambaFrame, SelectiveMixer, first_value, tied_head
 
 __all__ = ["FAMILY", "Mamba", "MambaConfig", "MambaTraining"]
 
@@ -88,42 +83,6 @@ PRESETS = {
 }
 
 
-class _Mixer(nn.Module):
-    def __init__(self, config: MambaConfig) -> None:
-        super().__init__()
-        D, N, R, K = config.inner, config.state_size, config.rank, config.conv_kernel
-        self.sizes = (R, N, N)
-        self.norm_eps = config.mixer_norm_eps
-        self.A_log = nn.Parameter(torch.zeros(D, N))
-        self.D = nn.Parameter(torch.ones(D))
-        self.conv1d = nn.Conv1d(D, D, K, groups=D, bias=config.conv_bias)
-        self.in_proj = nn.Linear(config.width, 2 * D, bias=config.projection_bias)
-        self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
-        self.dt_proj = nn.Linear(R, D)
-        self.out_proj = nn.Linear(D, config.width, bias=config.projection_bias)
-
-    def _convolve(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Causal depthwise convolution, then SiLU: (x [B,T,D], last [B,K-1,D]) -> (y [B,T,D], new last)."""
-        weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-        return causal_conv1d(x, weight.t(), bias, last, silu=True)
-
-    def forward(self, x: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(x [B,T,d], conv [B,K-1,D], ssm [B,D,N]) -> (y [B,T,d], new conv, new ssm)."""
-        x, z = self.in_proj(x).chunk(2, -1)
-        x, conv = self._convolve(x, conv)
-        dt, B, C = self.x_proj(x).split(self.sizes, -1)
-        if self.norm_eps:
-            # without a weight torch exports one of the input's full shape, made anew at every token
-            ones = [torch.ones(size, dtype=x.dtype, device=x.device) for size in self.sizes]
-            dt, B, C = (
-                F.rms_norm(p, w.shape, w, self.norm_eps) for p, w in zip((dt, B, C), ones, strict=True)
-            )
-        dt = F.softplus(self.dt_proj(dt))
-        y, ssm = selective_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, ssm)
-        return self.out_proj(y * F.silu(z)), conv, ssm
-
-
 class Mamba(MambaFrame):
     """Mamba-1 in the chunk form; parameter names are those of [3]."""
 
@@ -132,7 +91,7 @@ class Mamba(MambaFrame):
             "conv": ("B", config.conv_kernel - 1, config.inner),
             "ssm": ("B", config.inner, config.state_size),
         }
-        super().__init__(config, lambda: _Mixer(config), states)
+        super().__init__(config, lambda: SelectiveMixer(config), states)
 
 
 class MambaTraining(FromFirstState, Mamba):
@@ -200,26 +159,11 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
 def _init(module: Mamba, seed: int) -> None:
     """The initial values of [2] (dt between 0.001 and 0.1, A = -1..-N), deterministic in ``seed``."""
     generator = torch.Generator().manual_seed(seed)
-    c = module.config
     for name, p in module.named_parameters():
-        value = torch.empty(p.shape)
-        if name.endswith("A_log"):
-            value.copy_(torch.arange(1, c.state_size + 1).log())
-        elif name.endswith("dt_proj.bias"):
-            dt = torch.exp(value.uniform_(math.log(0.001), math.log(0.1), generator=generator))
-            value = dt + torch.log(-torch.expm1(-dt))  # softplus maps it back to dt
-        elif name.endswith("dt_proj.weight"):
-            value.uniform_(-(c.rank**-0.5), c.rank**-0.5, generator=generator)
-        elif name in ("backbone.embeddings.weight", "lm_head.weight"):
-            value.normal_(0, 0.02, generator=generator)
-        elif p.dim() > 1 or name.endswith("conv1d.bias"):
-            bound = (c.conv_kernel if "conv1d" in name else p.shape[-1]) ** -0.5
-            # PyTorch's default for linear layers; residual branches are scaled down with the depth
-            bound *= c.layers**-0.5 if "out_proj" in name else 1.0
-            value.uniform_(-bound, bound, generator=generator)
+        if name in ("backbone.embeddings.weight", "lm_head.weight"):
+            p.copy_(torch.empty(p.shape).normal_(0, 0.02, generator=generator))
         else:
-            value.fill_(0.0 if name.endswith("bias") else 1.0)
-        p.copy_(value)
+            p.copy_(first_value(module.config, name, p, generator))
 
 
 FAMILY = Family(

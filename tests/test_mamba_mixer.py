@@ -1,0 +1,188 @@
+"""MambaMixer: the papers' formulas in double precision, the chunk law, exports, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chunk_form import (
+    TARGETS,
+    check_cuts,
+    check_export,
+    check_gradients,
+    check_init,
+    check_own_file,
+    check_training_form,
+    draw_tokens,
+    error,
+    new_state,
+    operators,
+    random_model,
+    role,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import TOLERANCES
+from torch import Tensor
+
+from xexport.core.errors import InputError
+from xexport.core.registry import get_family
+from xexport.models.mamba_mixer import MambaMixerConfig
+
+FAMILY = get_family("mamba_mixer")
+TINY: MambaMixerConfig = FAMILY.presets["tiny"]
+SINGLE = dataclasses.replace(TINY, width=6, group=1)
+
+
+def part(w: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a name."""
+    return {k.removeprefix(prefix): v for k, v in w.items() if k.startswith(prefix)}
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def scanned(w: dict[str, Tensor], x: list[Tensor], rank: int, size: int) -> list[Tensor]:
+    """Convolution, SiLU and the state space of [2], place by place, from zero."""
+    taps = w["conv1d.weight"][:, 0]
+    h, rows = torch.zeros(len(taps), size, dtype=torch.float64), []
+    for t in range(len(x)):
+        reach = range(min(taps.shape[1], t + 1))
+        u = silu(sum((taps[:, -1 - j] * x[t - j] for j in reach), w["conv1d.bias"]))
+        low, b, c = (w["x_proj.weight"] @ u).split((rank, size, size))
+        dt = (1 + (w["dt_proj.weight"] @ low + w["dt_proj.bias"]).exp()).log()
+        a_bar = (-dt[:, None] * w["A_log"].exp()).exp()
+        h = a_bar * h + (dt * u)[:, None] * b
+        rows.append(h @ c + w["D"] * u)
+    return rows
+
+
+def token_mixer(c: MambaMixerConfig, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """x [T,d] -> [T,d]."""
+    to_x, to_z = w["in_proj.weight"].chunk(2)
+    y = scanned(w, [to_x @ row for row in x], c.token.rank, c.state_size)
+    return torch.stack([w["out_proj.weight"] @ (a * silu(to_z @ row)) for a, row in zip(y, x, strict=True)])
+
+
+def channel_mixer(c: MambaMixerConfig, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """x [T,d] -> [T,d]: section 3.2's forward scan and the backward one, turned round, times one gate."""
+    to_f, to_b, to_z = w["in_proj.weight"].chunk(3)
+    rows = []
+    for row in x:
+        places = row.split(c.group)
+        rank, size = c.channel.rank, c.state_size
+        forth = scanned(part(w, "forth."), [to_f @ p for p in places], rank, size)
+        back = scanned(part(w, "back."), [to_b @ p for p in reversed(places)], rank, size)[::-1]
+        gates = [silu(to_z @ p) for p in places]
+        y = [w["out_proj.weight"] @ (f * z + b * z) for f, b, z in zip(forth, back, gates, strict=True)]
+        rows.append(torch.cat(y))
+    return torch.stack(rows)
+
+
+def by_formulas(module: Any, tokens: Tensor) -> Tensor:
+    """Logits [T,V] of tokens [T] with the two sums of section 3.2 apart, in double precision."""
+    c, w = module.config, {k: v.double() for k, v in module.state_dict().items()}
+
+    def read(name: str, of_tokens: list[Tensor], of_channels: list[Tensor]) -> Tensor:
+        # stored in the order in which the outputs come: T_0 (and C_0), T_1, C_1, T_2 ..
+        weight = w[f"{name}.weight"]
+        x = weight[0] * of_tokens[0]
+        x = x + sum(weight[2 * i - 1] * y for i, y in enumerate(of_tokens) if i)
+        x = x + sum(weight[2 * i] * y for i, y in enumerate(of_channels) if i)
+        return x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * w[f"{name}.norm.weight"]
+
+    start = w["embed.weight"][tokens]
+    T, C = [start], [start]
+    for i in range(c.layers):
+        layer = f"layers.{i}."
+        T.append(token_mixer(c, part(w, layer + "token_mixer."), read(layer + "token_average", T, C)))
+        C.append(channel_mixer(c, part(w, layer + "channel_mixer."), read(layer + "channel_average", T, C)))
+    return (read("average", T, C) @ w["head.weight"].T).float()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("config", [TINY, SINGLE], ids=["groups of channels", "single channels"])
+def test_formulas_of_the_papers(config: MambaMixerConfig) -> None:
+    module, tokens = random_model(FAMILY, config), draw_tokens(1, 13)
+    got = module(tokens, *new_state(module, 1))[0][0]
+    assert error(got, by_formulas(module, tokens[0])) < TOLERANCES["oracle_fp32"]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=4),
+    seed=st.integers(0, 50),
+)
+def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int], seed: int) -> None:
+    check_cuts(random_model(FAMILY, TINY, seed), batch, lengths)
+
+
+def test_training_form_is_the_chunk_form_from_the_first_state() -> None:
+    check_training_form(FAMILY, TINY)
+
+
+def test_every_parameter_gets_a_gradient_and_init_depends_on_the_seed_alone() -> None:
+    check_gradients(FAMILY, TINY)
+    check_init(FAMILY, TINY)
+
+
+def test_channels_are_mixed_both_ways_and_tokens_are_not() -> None:
+    mixer = random_model(FAMILY, TINY).layers[0].channel_mixer
+    x = torch.randn(1, 3, 24)
+    for channel in (0, 23):
+        other = x.clone()
+        other[0, 1, channel] += 1
+        changed = (mixer(x) - mixer(other))[0].abs() > 0
+        assert bool(changed[1].all())
+        assert not bool(changed[0].any() or changed[2].any())
+
+
+def test_export_is_three_scans_a_layer() -> None:
+    assert operators(FAMILY, TINY).count("xexport.selective_scan.default") == 3 * TINY.layers
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
+    check_export(exporter, "mamba_mixer", target)
+
+
+def test_own_checkpoint_loads(tmp_path: Path) -> None:
+    tensors = random_model(FAMILY, TINY).state_dict()
+    check_own_file(FAMILY, TINY, tensors, tensors, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"), [({"conv_kernel": 1}, "too small"), ({"group": 5}, "multiple of the group")]
+)
+def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_zoo_has_about_two_million_parameters() -> None:
+    with torch.device("meta"):
+        count = sum(math.prod(p.shape) for p in FAMILY.build(FAMILY.presets["zoo"]).parameters())
+    assert 1.8e6 < count < 2.2e6
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("embed.weight", "embedding"),
+        ("average.weight", "gate"),
+        ("average.norm.weight", "norm"),
+        ("layers.0.token_mixer.in_proj.weight", "projection"),
+        ("layers.1.channel_mixer.forth.x_proj.weight", "gate"),
+        ("layers.1.channel_mixer.back.A_log", "decay"),
+        ("layers.1.channel_mixer.back.conv1d.bias", "conv"),
+        ("layers.1.token_mixer.D", "other"),
+    ],
+)
+def test_roles(name: str, wanted: str) -> None:
+    assert role(FAMILY, TINY, name) == wanted
