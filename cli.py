@@ -208,6 +208,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.option("--seed", type=int, default=None, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @click.option("--threads", type=int, default=0, show_default=True, help="0 takes every core.")
+@click.option("--runtime", metavar="R", help="onnxruntime runs any bundle; the target's own by default.")
 @click.option("--ids", is_flag=True, help="The prompt is token ids between spaces; print ids.")
 @click.option("--no-verify", is_flag=True, help="Don't hash the files first (large bundles start faster).")
 @_json_option
@@ -224,6 +225,7 @@ def run(
     seed: int | None,
     stop: tuple[str, ...],
     threads: int,
+    runtime: str | None,
     ids: bool,
     no_verify: bool,
     as_json: bool,
@@ -246,14 +248,14 @@ def run(
     if frames is not None and audio is None:
         raise click.UsageError("--frames goes with --audio")
     if audio is not None:
-        _listen(bundle, audio, frames, threads, not no_verify, as_json, quiet)
+        _listen(bundle, audio, frames, threads, runtime, not no_verify, as_json, quiet)
         return
     assert prompt is not None
     from xexport.runtimes.bundle import load
     from xexport.runtimes.tokenizers import NoTokenizer, parse_ids
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    stream = load(bundle, verify=not no_verify).stream(threads=threads)
+    stream = load(bundle, verify=not no_verify).stream(threads=threads, runtime=runtime)
     if ids:
         stream.tokenizer = NoTokenizer()
     if not stream.contract.streams:
@@ -286,7 +288,14 @@ def run(
 
 
 def _listen(
-    bundle: Path, audio: Path, frames: int | None, threads: int, verify: bool, as_json: bool, quiet: bool
+    bundle: Path,
+    audio: Path,
+    frames: int | None,
+    threads: int,
+    runtime: str | None,
+    verify: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """``run --audio``: ids to stdout as they come, then latency on stderr."""
     from xexport.runtimes.audio import read_audio
@@ -296,7 +305,8 @@ def _listen(
     samples = read_audio(audio)
     loaded = load(bundle, verify=verify)
     model = loaded.manifest.model
-    listener = Listener(loaded.stream(threads=threads), int(model.config.get("blank", 0)), frames)
+    stream = loaded.stream(threads=threads, runtime=runtime)
+    listener = Listener(stream, int(model.config.get("blank", 0)), frames)
     for letters in hear(listener, samples):
         if letters and not as_json:
             click.echo(" ".join(map(str, letters)) + " ", nl=False)

@@ -170,9 +170,9 @@ def _runtime(name: str) -> Any:
     found = import_module(module) if known else None
     if not hasattr(found, "open_engine"):
         raise RuntimeFailure(
-            "the bundle is for a runtime this xexport doesn't have",
+            "this xexport doesn't have that runtime",
             got=name,
-            allowed="onnxruntime",
+            allowed="onnxruntime, openvino",
             fix="upgrade xexport, or export for another target",
         )
     return found

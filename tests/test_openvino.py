@@ -103,6 +103,31 @@ def test_without_openvino_the_bundle_is_written_and_says_that_it_was_not_run(
     assert "xexport profile" in said[0]
 
 
+def test_run_takes_another_runtime(mamba: Bundle) -> None:
+    from click.testing import CliRunner
+
+    from xexport.cli import cli
+
+    said = {}
+    for runtime in ("openvino", "onnxruntime"):
+        arguments = [
+            "run",
+            str(mamba.path),
+            "--ids",
+            "--prompt",
+            "3 4 5",
+            "--temperature",
+            "0",
+            "--runtime",
+            runtime,
+        ]
+        result = CliRunner().invoke(cli, [*arguments, "--max-tokens", "6", "--quiet"])
+        assert result.exit_code == 0, result.output
+        said[runtime] = result.stdout
+    assert said["openvino"] == said["onnxruntime"]
+    assert len(said["openvino"].split()) == 6
+
+
 def test_a_device_that_is_not_there(mamba: Bundle, tmp_path: Path) -> None:
     import msgspec
 
