@@ -134,7 +134,7 @@ def native_wkv7(
 
 #: (model file, the name it imports, what takes its place, whether a state size is compiled in)
 _PLACES: tuple[tuple[str, str, Callable[..., Any], tuple[int, ...]], ...] = (
-    ("mamba", "selective_scan", native_selective_scan, (4, 8, 16)),
+    ("_mamba", "selective_scan", native_selective_scan, (4, 8, 16)),
     ("rwkv", "wkv7", native_wkv7, (16, 32, 64)),
 )
 
