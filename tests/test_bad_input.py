@@ -553,7 +553,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda b: (b / "manifest.json").unlink(), "not a bundle"),
     "wrong type": (_edit(lambda m: m.update(opset="many")), "not valid"),
     "graph not listed": (_edit(lambda m: m["files"].pop(0)), "doesn't list its own graph"),
-    "other runtime": (_edit(lambda m: m.update(runtime="os.system")), "this xexport doesn't have that runtime"),
+    "other runtime": (_edit(lambda m: m.update(runtime="os.system")), "doesn't have that runtime"),
     "other state": (_edit(lambda m: m["state"][0].update(name="layers.9.sum")), "layers."),
 }
 
