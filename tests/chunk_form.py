@@ -35,6 +35,7 @@ __all__ = [
     "check_own_file",
     "check_training_form",
     "check_whole_export",
+    "chunk_form",
     "draw_tokens",
     "error",
     "in_chunks",
@@ -44,6 +45,7 @@ __all__ = [
     "random_model",
     "random_state",
     "role",
+    "trained",
 ]
 
 
@@ -55,6 +57,24 @@ def random_model(family: Family, config: Any, seed: int = 0) -> Any:
     for p in module.parameters():
         p.add_(torch.randn_like(p) * (0.2 if p.dim() == 1 else 0.5 * p.shape[-1] ** -0.5))
     return module
+
+
+def trained(family: Family, config: Any, seed: int = 0, noise: float = 0.2) -> Any:
+    """The training form with initial weights plus noise, so that none of them is zero; no gradients."""
+    module = family.train_form(config)
+    family.init(module, seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * noise)
+    return module.eval().requires_grad_(False)
+
+
+def chunk_form(family: Family, training: Any) -> Any:
+    """The form that is exported, chunk or whole, of a training form's weights."""
+    made = family.build(training.config).eval().requires_grad_(False)
+    made.load_state_dict(family.from_training(training.config, training.state_dict()))
+    return made
 
 
 def new_state(module: Any, batch: int) -> list[Tensor]:

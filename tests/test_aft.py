@@ -15,11 +15,13 @@ from chunk_form import (
     check_export,
     check_init,
     check_own_file,
+    chunk_form,
     error,
     new_state,
     operators,
     random_model,
     role,
+    trained,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +31,7 @@ from torch import Tensor
 import xexport
 from xexport.core.errors import InputError, LimitError
 from xexport.core.registry import get_family
-from xexport.models.aft import Aft, AftConfig, AftTraining
+from xexport.models.aft import AftConfig, AftTraining
 
 FAMILY = get_family("aft")
 VARIANTS: dict[str, AftConfig] = {k: v for k, v in FAMILY.presets.items() if k.startswith("tiny")}
@@ -37,27 +39,9 @@ TINY = VARIANTS["tiny"]
 each_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
-def trained(config: AftConfig, seed: int = 0) -> AftTraining:
-    """The training form with weights of which none is close to zero."""
-    module: AftTraining = FAMILY.train_form(config)
-    FAMILY.init(module, seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p) * 0.3)
-    return module.eval()
-
-
-def chunk_form(module: AftTraining) -> Aft:
-    """The chunk form of the same weights."""
-    made: Aft = FAMILY.build(module.config).eval().requires_grad_(False)
-    made.load_state_dict(FAMILY.from_training(module.config, module.state_dict()))
-    return made
-
-
 def mixed(module: AftTraining, x: Tensor) -> Tensor:
     """The first layer's AFT of x [T,d], by the chunk form."""
-    made = chunk_form(module)
+    made = chunk_form(FAMILY, module)
     mixer: Any = made.blocks()[0].mixer
     each = len(mixer.states(made.config))
     y: Tensor = mixer(x[None], torch.arange(x.shape[0]), *new_state(made, 1)[:each])[0][0]
@@ -93,7 +77,7 @@ def by_equations(module: AftTraining, x: Tensor) -> Tensor:
 @pytest.mark.oracle
 @each_variant
 def test_formulas_of_the_paper(name: str) -> None:
-    module = trained(VARIANTS[name])
+    module = trained(FAMILY, VARIANTS[name], noise=0.3)
     x = torch.randn(21, 32)
     assert error(mixed(module, x), by_equations(module, x)) < TOLERANCES["oracle_fp32"]
 
@@ -105,7 +89,7 @@ def test_parity_with_aft_pytorch(kind: str) -> None:
     theirs = pytest.importorskip("aft_pytorch.aft_pytorch", reason="the oracle is not installed")
     length = 11
     config = dataclasses.replace(TINY, kind=kind, max_tokens=length, rank=length)
-    module = trained(config)
+    module = trained(FAMILY, config, noise=0.3)
     mixer: Any = module.blocks()[0].mixer
     options = {"s": config.window} if kind == "local" else {}
     oracle = getattr(theirs, f"AFT{kind.capitalize()}")(length, 32, 32, **options)
@@ -137,15 +121,15 @@ def test_any_cut_gives_the_same_logits_and_state(
 
 @each_variant
 def test_training_form_is_the_chunk_form_from_the_first_state(name: str) -> None:
-    module = trained(VARIANTS[name])
-    made, tokens = chunk_form(module), torch.randint(0, 29, (2, 37))
+    module = trained(FAMILY, VARIANTS[name], noise=0.3)
+    made, tokens = chunk_form(FAMILY, module), torch.randint(0, 29, (2, 37))
     want = made(tokens, *new_state(made, 2))[0]
     assert error(module(tokens).detach(), want) < TOLERANCES["model_fp32"]
 
 
 @each_variant
 def test_every_parameter_gets_a_gradient(name: str) -> None:
-    module = trained(VARIANTS[name])
+    module = trained(FAMILY, VARIANTS[name], noise=0.3).requires_grad_()
     module(torch.randint(0, 29, (2, 20))).log_softmax(-1)[..., 3].mean().backward()
     assert [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
@@ -157,12 +141,12 @@ def test_init_depends_on_the_seed_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-simple", "tiny-conv"])
 def test_large_keys_and_biases_do_not_overflow(name: str) -> None:
-    training = trained(VARIANTS[name])
+    training = trained(FAMILY, VARIANTS[name], noise=0.3)
     with torch.no_grad():
         for name, p in training.named_parameters():
             if name.endswith(("k_proj.weight", ".u", ".gain")):
                 p.mul_(200)
-    module = chunk_form(training)
+    module = chunk_form(FAMILY, training)
     logits, *state = module(torch.randint(0, 29, (1, 40)), *new_state(module, 1))
     assert bool(logits.isfinite().all())
     assert all(bool(s.isfinite().all()) for s in state)
@@ -216,8 +200,8 @@ def test_a_stream_ends_where_the_biases_do(exporter: Any) -> None:
 
 
 def test_own_checkpoint_loads(tmp_path: Path) -> None:
-    module = trained(TINY)
-    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(module).state_dict(), tmp_path)
+    module = trained(FAMILY, TINY, noise=0.3)
+    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chunk_form import assert_same, check_init, error, in_chunks, new_state, random_state, role
+from chunk_form import assert_same, check_init, chunk_form, error, in_chunks, new_state, random_state, role
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -51,9 +51,7 @@ def trained(config: ConformerConfig, seed: int = 0) -> ConformerTraining:
 
 def made(config: ConformerConfig, seed: int = 0) -> Any:
     """The form that is exported, of the same weights."""
-    module = FAMILY.build(config).eval().requires_grad_(False)
-    module.load_state_dict(FAMILY.from_training(config, trained(config, seed).state_dict()))
-    return module
+    return chunk_form(FAMILY, trained(config, seed))
 
 
 def frames(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -269,8 +267,7 @@ def test_blocks_are_what_transformers_computes() -> None:
         for bias in (block.conv.up.bias, block.conv.down.bias, block.conv.depthwise.conv.bias):
             bias.zero_()
     layers, positions = transformers_layers(TINY, source)
-    module = FAMILY.build(TINY).eval().requires_grad_(False)
-    module.load_state_dict(FAMILY.from_training(TINY, source.state_dict()))
+    module = chunk_form(FAMILY, source)
     x = torch.randn(2, 23, TINY.width, generator=torch.Generator().manual_seed(0))
     got = want = x
     places = Places(position_table(22, -22, TINY.width, x), 22)
@@ -307,8 +304,7 @@ def test_convolution_and_feed_forward_are_those_of_the_package_conformer(name: s
             nn.init.ones_(norm.weight).mul_((1 + norm.eps) ** 0.5)
             nn.init.zeros_(norm.bias)
             norm.reset_running_stats()
-    ours = FAMILY.build(config).eval().requires_grad_(False)
-    ours.load_state_dict(FAMILY.from_training(config, source.state_dict()))
+    ours = chunk_form(FAMILY, source)
     block, exported = source.layers()[0], ours.layers()[0]
     d = config.width
     conv = (

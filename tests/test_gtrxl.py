@@ -17,11 +17,13 @@ from chunk_form import (
     check_gradients,
     check_init,
     check_own_file,
+    chunk_form,
     error,
     new_state,
     operators,
     random_model,
     role,
+    trained,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,24 +36,6 @@ from xexport.models.gtrxl import Gtrxl, GtrxlConfig, GtrxlTraining
 
 FAMILY = get_family("gtrxl")
 TINY: GtrxlConfig = FAMILY.presets["tiny"]
-
-
-def trained(config: GtrxlConfig = TINY, seed: int = 0) -> GtrxlTraining:
-    """The training form with weights of which none is zero."""
-    module: GtrxlTraining = FAMILY.train_form(config)
-    FAMILY.init(module, seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-    return module.eval().requires_grad_(False)
-
-
-def chunk_form(module: GtrxlTraining) -> Gtrxl:
-    """The chunk form of the same weights."""
-    made: Gtrxl = FAMILY.build(module.config).eval().requires_grad_(False)
-    made.load_state_dict(FAMILY.from_training(module.config, module.state_dict()))
-    return made
 
 
 def gated(w: dict[str, Tensor], name: str, x: Tensor, y: Tensor) -> Tensor:
@@ -103,9 +87,10 @@ def layers(module: Gtrxl, x: Tensor) -> Tensor:
 
 @pytest.mark.oracle
 def test_formulas_of_the_papers() -> None:
-    module = trained(dataclasses.replace(TINY, layers=1))
+    module = trained(FAMILY, dataclasses.replace(TINY, layers=1))
     x = torch.randn(25, 32)
-    assert error(layers(chunk_form(module), x[None])[0], by_equations(module, x)) < TOLERANCES["oracle_fp32"]
+    got = layers(chunk_form(FAMILY, module), x[None])[0]
+    assert error(got, by_equations(module, x)) < TOLERANCES["oracle_fp32"]
 
 
 @pytest.mark.oracle
@@ -135,7 +120,7 @@ def test_another_implementation() -> None:
         for name in "uv":
             tensors[f"{to}attention.{name}"] = golden[f"weight.{name}"].flatten()
     module.load_state_dict(tensors)
-    got = layers(chunk_form(module.requires_grad_(False)), golden["in"])
+    got = layers(chunk_form(FAMILY, module.requires_grad_(False)), golden["in"])
     assert error(got, golden["out"]) < TOLERANCES["oracle_fp32"]
 
 
@@ -150,8 +135,8 @@ def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int],
 
 
 def test_training_form_is_the_chunk_form_from_the_first_state() -> None:
-    module = trained()
-    made, tokens = chunk_form(module), torch.randint(0, 29, (2, 37))
+    module = trained(FAMILY, TINY)
+    made, tokens = chunk_form(FAMILY, module), torch.randint(0, 29, (2, 37))
     assert error(module(tokens), made(tokens, *new_state(made, 2))[0]) < TOLERANCES["model_fp32"]
 
 
@@ -162,7 +147,7 @@ def test_every_parameter_gets_a_gradient_and_init_depends_on_the_seed_alone() ->
 
 def test_a_token_beyond_the_memory_has_no_effect() -> None:
     """Two layers of memory 9 reach 18 tokens back."""
-    module = chunk_form(trained())
+    module = chunk_form(FAMILY, trained(FAMILY, TINY))
     tokens = torch.randint(0, 29, (1, 40))
     other = tokens.clone()
     other[0, 20] = (other[0, 20] + 1) % 29
@@ -183,8 +168,8 @@ def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
 
 
 def test_own_checkpoint_loads(tmp_path: Path) -> None:
-    module = trained()
-    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(module).state_dict(), tmp_path)
+    module = trained(FAMILY, TINY)
+    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chunk_form import assert_same, error, in_chunks
+from chunk_form import assert_same, chunk_form, error, in_chunks
 from chunk_form import draw_tokens as tokens
 from chunk_form import new_state as fresh
 from exported import sizes
@@ -37,9 +37,7 @@ def made(config: HyenaConfig = TINY, seed: int = 0) -> tuple[Hyena, HyenaTrain]:
     """Both forms with the same weights."""
     train: HyenaTrain = FAMILY.train_form(config)
     FAMILY.init(train, seed)
-    module: Hyena = FAMILY.build(config)
-    module.load_state_dict(FAMILY.from_training(config, train.state_dict()))
-    return module.eval().requires_grad_(False), train.eval()
+    return chunk_form(FAMILY, train), train.eval()
 
 
 @settings(max_examples=15, deadline=None)

@@ -15,6 +15,7 @@ from chunk_form import (
     check_export,
     check_init,
     check_own_file,
+    chunk_form,
     error,
     new_state,
     operators,
@@ -52,13 +53,6 @@ def trained(config: LmuFormerConfig = TINY, seed: int = 0) -> LmuFormerTraining:
     return module.eval()
 
 
-def chunk_form(module: LmuFormerTraining) -> LmuFormer:
-    """The chunk form of the same weights."""
-    made: LmuFormer = FAMILY.build(module.config).eval().requires_grad_(False)
-    made.load_state_dict(FAMILY.from_training(module.config, module.state_dict()))
-    return made
-
-
 def published(golden: dict[str, Tensor]) -> LmuFormer:
     """The chunk form with the authors' weights, under the authors' names."""
     config = LmuFormerConfig(5, 12, 1, 48, memory=12, theta=128, inputs=7, convolutions=3)
@@ -70,7 +64,7 @@ def published(golden: dict[str, Tensor]) -> LmuFormer:
     missing, unexpected = module.load_state_dict(weights, strict=False)
     assert unexpected == []
     assert all(name.startswith(("embed.", "head.", "response")) or "num_batches" in name for name in missing)
-    return chunk_form(module)
+    return chunk_form(FAMILY, module)
 
 
 @pytest.mark.oracle
@@ -146,7 +140,7 @@ def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int],
 
 def test_training_form_is_the_chunk_form_from_the_first_state() -> None:
     module = trained()
-    made, tokens = chunk_form(module), torch.randint(0, 29, (2, 37))
+    made, tokens = chunk_form(FAMILY, module), torch.randint(0, 29, (2, 37))
     want = made(tokens, *new_state(made, 2))[0]
     assert error(module(tokens).detach(), want) < TOLERANCES["model_fp32"]
 
@@ -169,7 +163,7 @@ def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
 
 def test_own_checkpoint_loads(tmp_path: Path) -> None:
     module = trained()
-    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(module).state_dict(), tmp_path)
+    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import TARGETS, check_cuts, check_export, check_gradients, check_init, error, new_state, role
+from chunk_form import (
+    TARGETS,
+    check_cuts,
+    check_export,
+    check_gradients,
+    check_init,
+    chunk_form,
+    error,
+    new_state,
+    role,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -34,9 +44,7 @@ def made(seed: int = 0) -> tuple[Any, Any]:
         for name, p in train.named_parameters():
             if p.ndim == 1 and ".filters." not in name:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-    module = FAMILY.build(TINY).eval().requires_grad_(False)
-    module.load_state_dict(FAMILY.from_training(TINY, train.state_dict()))
-    return module, train.eval()
+    return chunk_form(FAMILY, train), train.eval()
 
 
 @settings(max_examples=6, deadline=None)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chunk_form import TARGETS, check_gradients, check_init, check_whole_export, error, role
+from chunk_form import TARGETS, check_gradients, check_init, check_whole_export, chunk_form, error, role
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -35,9 +35,7 @@ def made(config: MonarchMixerConfig = TINY, seed: int = 0) -> tuple[MonarchMixer
         for name, p in train.named_parameters():
             if ".networks." not in name:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-    module: MonarchMixer = FAMILY.build(config).eval().requires_grad_(False)
-    module.load_state_dict(FAMILY.from_training(config, train.state_dict()))
-    return module, train.eval()
+    return chunk_form(FAMILY, train), train.eval()
 
 
 def golden() -> tuple[RawCheckpoint, Tensor, Tensor]:

@@ -16,12 +16,14 @@ from chunk_form import (
     check_export,
     check_init,
     check_own_file,
+    chunk_form,
     draw_tokens,
     error,
     new_state,
     operators,
     random_model,
     role,
+    trained,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,33 +34,21 @@ from torch import Tensor
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.errors import InputError
 from xexport.core.registry import get_family
-from xexport.models.slab import Slab, SlabConfig, SlabTraining
+from xexport.models.slab import SlabConfig, SlabTraining
 
 FAMILY = get_family("slab")
 TINY: SlabConfig = FAMILY.presets["tiny"]
 
 
-def trained(config: SlabConfig = TINY, seed: int = 0) -> SlabTraining:
+def settled() -> SlabTraining:
     """The training form with weights and running statistics of which none is at its first value."""
-    module: SlabTraining = FAMILY.train_form(config)
-    FAMILY.init(module, seed)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-        for name, b in module.named_buffers():
-            if name.endswith("mean"):
-                b.normal_()
-            elif name.endswith("var"):
-                b.uniform_(0.3, 3)
-    return module.eval().requires_grad_(False)
-
-
-def chunk_form(module: SlabTraining) -> Slab:
-    """The chunk form of the same weights."""
-    made: Slab = FAMILY.build(module.config).eval().requires_grad_(False)
-    made.load_state_dict(FAMILY.from_training(module.config, module.state_dict()))
-    return made
+    module: SlabTraining = trained(FAMILY, TINY)
+    for name, b in module.named_buffers():
+        if name.endswith("mean"):
+            b.normal_()
+        elif name.endswith("var"):
+            b.uniform_(0.3, 3)
+    return module
 
 
 def rep_bn(w: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Tensor:
@@ -107,15 +97,15 @@ def by_formulas(module: SlabTraining, tokens: Tensor) -> Tensor:
 
 @pytest.mark.oracle
 def test_formulas_of_the_paper() -> None:
-    module, tokens = trained(), draw_tokens(1, 19)
-    made = chunk_form(module)
+    module, tokens = settled(), draw_tokens(1, 19)
+    made = chunk_form(FAMILY, module)
     got = made(tokens, *new_state(made, 1))[0][0]
     assert error(got, by_formulas(module, tokens[0])) < TOLERANCES["oracle_fp32"]
 
 
 def test_the_chunk_form_has_no_norm_and_is_the_training_form_in_eval_mode() -> None:
-    module = trained()
-    made, tokens = chunk_form(module), draw_tokens(2, 37)
+    module = settled()
+    made, tokens = chunk_form(FAMILY, module), draw_tokens(2, 37)
     assert not any("norm" in name for name in made.state_dict())
     assert error(module(tokens), made(tokens, *new_state(made, 2))[0]) < TOLERANCES["model_fp32"]
 
@@ -132,7 +122,7 @@ def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int],
 
 def test_a_norm_goes_from_rms_norm_to_repbn() -> None:
     """Section 3.2, with the statistics of the batch, at the first step, half way and at the end."""
-    module = trained()
+    module = settled()
     norm: Any = module.norm.train()
     x = torch.randn(3, 7, 32)
     rms = x / (x.square().mean(-1, keepdim=True) + TINY.eps).sqrt() * norm.rms_weight
@@ -146,7 +136,7 @@ def test_a_norm_goes_from_rms_norm_to_repbn() -> None:
 
 def test_training_moves_from_the_first_norm_to_what_is_exported() -> None:
     """After ``norm_steps`` calls, and with running statistics of the batch, training mode is eval mode."""
-    module = trained()
+    module = settled()
     tokens = draw_tokens(4, 33)
     before = {k: v.clone() for k, v in module.state_dict().items()}
     module(tokens)
@@ -191,8 +181,8 @@ def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
 
 
 def test_own_checkpoint_loads_and_says_if_norms_were_left(tmp_path: Path) -> None:
-    module = trained()
-    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(module).state_dict(), tmp_path)
+    module = settled()
+    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)
     assert "0 of the 8 steps" in FAMILY.load(open_checkpoint(tmp_path / "slab.safetensors")).notes[0]
     metadata = {"xexport.layout": "training", "xexport.config": json.dumps(dataclasses.asdict(TINY))}
     module.steps.fill_(8)
