@@ -190,6 +190,8 @@ def _export_into(
     from xexport.exporter.passes import keep
     from xexport.exporter.verify import verify
     from xexport.exporter.writer import file_entry
+    from xexport.runtimes.environments import simulated
+    from xexport.runtimes.opening import CPU
     from xexport.runtimes.shipped import find_tokenizer
     from xexport.runtimes.torch_eager import TorchStream
 
@@ -262,20 +264,23 @@ def _export_into(
     absent = _runtime_absent(target)
     if absent:
         bundle = _unrun(bundle, target, absent)
-        sizes = replace(sizes or sizes_for(source.parameters, torch_stream), timed=False)
-    elif target.runtime != "onnxruntime":
-        bundle = _agreed(bundle, progress)
+    elif not target.on_cpu:
+        bundle = _agreed(bundle, target, progress)
     manifest = bundle.manifest
     fp32_bundle = bundle if exact else Bundle(output.scratch, exact_manifest)
+    runtime = CPU if absent else None
+    if sizes is None:
+        sizes = sizes_for(source.parameters, torch_stream, bundle.stream(runtime=runtime))
     _measure(
         bundle,
+        runtime,
         fp32_bundle,
         torch_stream,
         source if can_time else None,
         source.exact,
         corpus,
         output.final.name,
-        sizes,
+        replace(sizes, timed=sizes.timed and not absent and not simulated(target.environment)),
         progress,
     )
     _finish(output.bundle, manifest, progress)
@@ -283,31 +288,38 @@ def _export_into(
 
 def _runtime_absent(target: Target) -> str | None:
     """Why the target's runtime can't run here, or None."""
-    from xexport.runtimes.doctor import why_not
+    from xexport.runtimes.opening import why_not
 
-    return None if target.runtime == "onnxruntime" else why_not(target.runtime, target.provider)
+    return None if target.on_cpu else why_not(target.runtime, target.provider, target.environment)
 
 
 def _unrun(bundle: Bundle, target: Target, why: str) -> Bundle:
     """The bundle with a warning that its own runtime has not run it."""
     said = (
-        f"not run by {target.runtime}: {why}. Accuracy is that of ONNX Runtime on the same graph; where "
-        f"{target.runtime} is installed, `xexport validate` and `xexport profile` run it"
+        f"not run by {target.where}: {why}. Accuracy is that of ONNX Runtime on the CPU with the same graph; "
+        f"where {target.where} is installed, `xexport validate` and `xexport profile` run it"
     )
-    manifest = msgspec.structs.replace(bundle.manifest, warnings=(*bundle.manifest.warnings, said))
-    _write_manifest(bundle.path, manifest)
-    return Bundle(bundle.path, manifest)
+    return _described(bundle, warnings=(*bundle.manifest.warnings, said))
 
 
-def _agreed(bundle: Bundle, progress: Progress) -> Bundle:
-    """The bundle, which its own runtime computes as ONNX Runtime does."""
+def _agreed(bundle: Bundle, target: Target, progress: Progress) -> Bundle:
+    """The bundle, which its own runtime computes as ONNX Runtime does on the CPU."""
     from xexport.evaluate.agree import require_agreement
+    from xexport.runtimes.environments import simulated
 
-    progress.stage(f"run it with {bundle.manifest.runtime}")
-    checks = {**bundle.manifest.checks, bundle.manifest.runtime: require_agreement(bundle)}
-    manifest = msgspec.structs.replace(bundle.manifest, checks=checks)
+    progress.stage(f"run it with {target.where}")
+    found = bundle.manifest
+    checks = {**found.checks, target.where: require_agreement(bundle, target)}
+    reason = simulated(target.environment)
+    said = (f"times say nothing about the device: {reason}",) if reason else ()
+    return _described(bundle, checks=checks, warnings=(*found.warnings, *said))
+
+
+def _described(bundle: Bundle, **changes: Any) -> Bundle:
+    """The bundle with other entries in its manifest, not opened yet."""
+    manifest = msgspec.structs.replace(bundle.manifest, **changes)
     _write_manifest(bundle.path, manifest)
-    return Bundle(bundle.path, manifest)
+    return replace(bundle, manifest=manifest)
 
 
 def _lower(
@@ -332,27 +344,27 @@ def _lower(
 
 def _measure(
     bundle: Bundle,
+    runtime: str | None,
     fp32: Bundle,
     torch_stream: TorchStream,
     to_time: Source | None,
     exact: Source | None,
     corpus: Corpus,
     name: str,
-    sizes: Sizes | None,
+    sizes: Sizes,
     progress: Progress,
 ) -> None:
     """Accuracy of ONNX and of the bundle against PyTorch, then speed, into results.jsonl.
 
-    ``to_time`` is the source if PyTorch is to be timed too, ``exact`` what it was distilled from, if it was.
+    ``runtime`` runs the bundle (None: its own). ``to_time`` is the source if PyTorch is to be timed too,
+    ``exact`` what it was distilled from, if it was.
     """
     from xexport.evaluate import suite
+    from xexport.runtimes.opening import CPU
     from xexport.runtimes.torch_eager import TorchStream
 
-    sizes = sizes or suite.sizes_for(bundle.manifest.model.parameters, torch_stream)
     setup = suite.setup_for(bundle.manifest, name, corpus)
-    absent = _runtime_absent(get_target(bundle.manifest.target))
-    runtime = "onnxruntime" if absent else None
-    candidates = {"onnx": fp32.stream(runtime="onnxruntime"), "bundle": bundle.stream(runtime=runtime)}
+    candidates = {"onnx": fp32.stream(runtime=CPU), "bundle": bundle.stream(runtime=runtime)}
     rows: list[Record] = suite.accuracy(torch_stream, candidates, corpus, setup, sizes, progress)
     if exact is not None:
         before = cast("ChunkModule", exact.eager(lean=exact.parameters > _LARGE))

@@ -22,6 +22,8 @@ class Target:
         description: one line for ``xexport targets``.
         runtime: the file in runtimes/ that runs it.
         provider: execution provider of that runtime.
+        environment: the isolated environment (runtimes/environments.toml) that the runtime lives in; "" for
+            the process that opens the bundle.
         precision: name of a quantization scheme (a row in quant/schemes.toml).
         graph_form: ``dynamic`` (one graph, any B and T) or ``static`` (T=1 and T=chunk).
         opset: ai.onnx operator set of the graph.
@@ -29,6 +31,8 @@ class Target:
             in exporter/passes/.
         inline: put the operators' bodies in the place of their nodes, for a runtime without local functions.
         lengths: values of T that a runtime of fixed shapes prepares; longer inputs are fed in them.
+        agreement: how far its runtime may be from ONNX Runtime's CPU provider on the same graph: the largest
+            difference of logits and state, relative to their RMS.
         bodies: operator -> variant of its function body; operators not listed use their default.
         provider_options, session_options: passed to the runtime as they are.
         why: reasons for the choices above, shown in the manifest.
@@ -39,22 +43,43 @@ class Target:
     runtime: str
     provider: str
     precision: str
+    environment: str = ""
     graph_form: str = "dynamic"
     opset: int = 23
     fuse: list[str] = field(default_factory=list)
     inline: bool = False
     lengths: list[int] = field(default_factory=list)
+    agreement: float = 1e-3
     bodies: dict[str, str] = field(default_factory=dict)
     provider_options: dict[str, str] = field(default_factory=dict)
     session_options: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether ONNX Runtime's CPU provider, in the process that opens the bundle, is what it is for."""
+        return (self.runtime, self.provider, self.environment) == ("onnxruntime", "CPUExecutionProvider", "")
+
+    @property
+    def where(self) -> str:
+        """The runtime, or the execution provider if the runtime is ONNX Runtime, in a word."""
+        return (
+            self.provider.removesuffix("ExecutionProvider") if self.runtime == "onnxruntime" else self.runtime
+        )
 
     def row(self) -> dict[str, Any]:
         """The target as plain data."""
         return asdict(self)
 
 
-_TYPES: dict[str, type] = {"str": str, "int": int, "bool": bool, "list[str]": list, "list[int]": list}
+_TYPES: dict[str, type] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "list[str]": list,
+    "list[int]": list,
+}
 
 
 @cache

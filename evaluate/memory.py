@@ -28,16 +28,22 @@ def peak(process):
     info = process.memory_info()
     return int(getattr(info, "peak_wset", info.rss))
 
-import importlib, numpy, pathlib
+import importlib, importlib.util, numpy
 import xexport
-from xexport.core.manifest import read_manifest
 folder, count = sys.argv[1], int(sys.argv[2])
-importlib.import_module(read_manifest(pathlib.Path(folder)).runtime)
-load = xexport.load
+bundle = xexport.load(folder)
+if importlib.util.find_spec(bundle.manifest.runtime):
+    importlib.import_module(bundle.manifest.runtime)
 process = psutil.Process()
 start = process.memory_info().rss
-stream = load(folder).stream(batch=1)
-loaded = process.memory_info().rss
+engine = bundle.engine()
+if hasattr(engine, "memory"):  # it is another process, whose memory counts
+    start, now = engine.rss_before, lambda: engine.memory()["rss"]
+    most = lambda: engine.memory()["peak_bytes"]
+else:
+    now, most = lambda: process.memory_info().rss, lambda: peak(process)
+stream = bundle.stream(batch=1)
+loaded = now()
 contract = stream.contract
 length, unit = contract.nearest(count), contract.inputs.multiple
 values = contract.inputs.random(numpy.random.default_rng(0), 1, length, stream.vocab_size)
@@ -51,8 +57,8 @@ else:
     for _ in range(3):
         stream.feed(values)
 print(json.dumps({
-    "start_rss": start, "loaded_rss": loaded, "end_rss": process.memory_info().rss,
-    "peak_rss": peak(process), "tokens": length,
+    "start_rss": start, "loaded_rss": loaded, "end_rss": now(),
+    "peak_rss": most(), "tokens": length,
 }))
 """
 

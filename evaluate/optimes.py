@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def profile_ops(
         BundleError, RuntimeFailure: the bundle can't be opened, run or profiled.
     """
     from xexport.core.manifest import read_manifest
-    from xexport.runtimes.onnxruntime import open_engine
+    from xexport.runtimes.opening import open_engine
 
     manifest = read_manifest(bundle)
     contract = manifest.model.contract
@@ -106,17 +105,17 @@ def profile_ops(
             if index >= warmup:
                 yield time.perf_counter_ns() - began
 
+    engine: Any
     if manifest.runtime != "onnxruntime":
-        engine = import_module(f"xexport.runtimes.{manifest.runtime}").open_engine(
-            bundle, manifest, threads=threads, profile=True
-        )
+        engine = open_engine(bundle, manifest, threads=threads, profile=True)
         return _node_times(engine.cell(1), calls, manifest.provider, setup, form, per_call)
     with tempfile.TemporaryDirectory(prefix="xexport-profile-") as folder:
         engine = open_engine(bundle, manifest, threads=threads, profile_prefix=Path(folder) / "profile")
         for _ in calls(engine.cell(1)):
             pass
-        written = Path(engine.session.end_profiling())
-        return parse_profile(written, setup=setup, form=form, tokens_per_call=per_call, skip=warmup)
+        return parse_profile(
+            engine.end_profiling(), setup=setup, form=form, tokens_per_call=per_call, skip=warmup
+        )
 
 
 def _node_times(

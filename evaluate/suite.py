@@ -47,14 +47,15 @@ class Sizes:
     timed: bool = True
 
 
-def sizes_for(parameters: int, slowest: Runner | None = None) -> Sizes:
-    """The amount of work, from the model's size and, if given, the speed of its slowest runner."""
+def sizes_for(parameters: int, *runners: Runner) -> Sizes:
+    """The amount of work, from the model's size and, if given, the speed of the slowest of its runners."""
     sizes = Sizes()
     if parameters > _LARGE:
         sizes = Sizes(1024, 1024, 48, 40, (128,), ())
-    if slowest is None:
+    if not runners:
         return sizes
-    affordable = int(_BUDGET / _seconds_per_token(slowest)) // 256 * 256
+    slowest = max(_seconds_per_token(runner) for runner in runners)
+    affordable = int(_BUDGET / slowest) // 256 * 256
     tokens = max(512, min(sizes.fidelity_tokens, affordable))
     return replace(sizes, fidelity_tokens=tokens, drift_tokens=tokens)
 

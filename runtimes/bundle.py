@@ -6,16 +6,15 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from xexport.core.errors import BundleError, InputError, RuntimeFailure
+from xexport.core.errors import BundleError, InputError
 from xexport.core.manifest import FileEntry, Manifest, read_manifest, safe_path
 from xexport.core.state import StateSpec
+from xexport.runtimes.opening import open_engine
 from xexport.runtimes.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class Bundle:
 
         Args:
             threads: 0 takes every physical core.
-            runtime: a file in runtimes/; the manifest's own by default.
+            runtime: one of runtimes/opening.py ``runtime_names``; the manifest's own by default.
 
         Raises:
             RuntimeFailure: the runtime is unknown, not available, or refused the graph.
@@ -105,7 +104,7 @@ class Bundle:
         name = runtime or self.manifest.runtime
         key = (threads, name)
         if key not in self._engines:
-            self._engines[key] = _runtime(name).open_engine(self.path, self.manifest, threads=threads)
+            self._engines[key] = open_engine(self.path, self.manifest, runtime=runtime, threads=threads)
         engine: OrtEngine = self._engines[key]
         return engine
 
@@ -161,21 +160,6 @@ class Bundle:
 
     def _graph_files(self) -> list[FileEntry]:
         return [entry for entry in self.manifest.files if entry.path.startswith(self.manifest.graph)]
-
-
-def _runtime(name: str) -> Any:
-    """The module runtimes/<name>.py, which has ``open_engine``."""
-    module = f"xexport.runtimes.{name}"
-    known = name.isidentifier() and find_spec(module) is not None
-    found = import_module(module) if known else None
-    if not hasattr(found, "open_engine"):
-        raise RuntimeFailure(
-            "this xexport doesn't have that runtime",
-            got=name,
-            allowed="onnxruntime, openvino",
-            fix="upgrade xexport, or export for another target",
-        )
-    return found
 
 
 def _check_file(folder: Path, entry: FileEntry, *, verify: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 from xexport.core.errors import XexportError
 from xexport.core.target import get_target, target_names
 from xexport.runtimes.native import find_native
+from xexport.runtimes.opening import why_not
 
-__all__ = ["facts", "why_not"]
+__all__ = ["facts"]
 
 _EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "safetensors", "optimum", "plotly")
 _ISA = (
@@ -120,17 +120,6 @@ def _target(name: str) -> dict[str, Any]:
     return {
         "name": name,
         "description": target.description,
-        "runs_here": (why := why_not(target.runtime, target.provider)) is None,
+        "runs_here": (why := why_not(target.runtime, target.provider, target.environment)) is None,
         "why_not": why,
     }
-
-
-def why_not(runtime: str, provider: str) -> str | None:
-    """Why a runtime with one of its providers can't run here, or None if it can."""
-    module = f"xexport.runtimes.{runtime}"
-    if find_spec(module) is None:
-        return f"this xexport has no runtime {runtime!r}"
-    if find_spec(runtime) is None:
-        return f"the package {runtime!r} is not installed"
-    reason: str | None = import_module(module).unavailable(provider)
-    return reason

@@ -48,7 +48,7 @@ def open_engine(
     manifest: Manifest,
     *,
     threads: int = 0,
-    profile_prefix: Path | None = None,
+    profile_prefix: Path | str | None = None,
 ) -> OrtEngine:
     """Open the graph of a bundle.
 
@@ -57,7 +57,7 @@ def open_engine(
         manifest: its manifest.
         threads: intra-op threads; 0 takes every physical core.
         profile_prefix: write ORT's per-operator profile to files of this prefix (read it after
-            ``engine.session.end_profiling()``).
+            ``engine.end_profiling()``).
 
     Raises:
         RuntimeFailure: the provider isn't available, or ORT refused the graph.
@@ -118,6 +118,10 @@ class OrtEngine:
         if not self.manifest.model.contract.streams:
             return WholeCell(self.session, self.manifest)
         return OrtCell(self.session, self.manifest, batch, self.in_place())
+
+    def end_profiling(self) -> Path:
+        """The file of the profile, complete; only of an engine with a ``profile_prefix``."""
+        return Path(self.session.end_profiling())
 
     def in_place(self) -> frozenset[str]:
         """State tensors with one buffer: appended to by a kernel that is there and writes in place.

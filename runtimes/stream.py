@@ -116,6 +116,11 @@ class Stream:
         finally:
             self._busy.release()
 
+    @property
+    def inside_ns(self) -> int | None:
+        """How long the last call took inside a worker process; None if the runtime is in this one."""
+        return getattr(self._cell, "inside_ns", None)
+
     def reset(self) -> None:
         """Back to the state before the first token."""
         self._cell.reset()
