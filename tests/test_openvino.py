@@ -95,7 +95,7 @@ def test_without_openvino_the_bundle_is_written_and_says_that_it_was_not_run(
     exporter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "xexport.runtimes.doctor.find_spec", lambda name: None if name == "openvino" else True
+        "xexport.runtimes.opening.find_spec", lambda name: None if name == "openvino" else True
     )
     path = exporter.export("mamba", "openvino-fp32", tmp_path / "out", preset="tiny")
     said = [w for w in read_manifest(path).warnings if "not run by openvino" in w]
