@@ -23,6 +23,7 @@ __all__ = [
     "Cut",
     "Drift",
     "Environment",
+    "Fallback",
     "Fidelity",
     "Latency",
     "Memory",
@@ -30,6 +31,7 @@ __all__ = [
     "OpTimes",
     "PairedLatency",
     "Passes",
+    "Placed",
     "Prefill",
     "Record",
     "Setup",
@@ -508,11 +510,39 @@ class OpTime(msgspec.Struct, frozen=True):
     ns: int
 
 
+class Fallback(msgspec.Struct, frozen=True):
+    """Nodes of one operator that another provider ran than the target's, all for the same reason.
+
+    ``ns`` is their own time over the profiled calls.
+    """
+
+    op: str
+    provider: str
+    nodes: tuple[str, ...]
+    ns: int
+    why: str
+
+
+class Placed(msgspec.Struct, frozen=True):
+    """What one execution provider did: nodes of the graph, microseconds a call, share of the nodes' time."""
+
+    provider: str
+    nodes: int
+    us_per_call: float
+    share: float
+
+
 class OpTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="op_times"):
-    """Where the time of a step goes, from the runtime's own profile.
+    """Where the time of a step goes, and which execution provider ran what, from the runtime's own profile.
 
     ``form`` says what was fed: ``step`` (one token a call), ``prefill`` or ``whole``; ``run_ns`` are the
     runtime's times of whole calls, under profiling (slower than without).
+
+    Attributes:
+        wanted: the execution provider of the target, empty in rows from before this was told.
+        assigned: provider -> nodes of the graph that it was given. A provider that compiles runs many of
+            them as one, which ``ops`` count as one. Empty if the runtime does not say.
+        fallbacks: what another provider ran than the one wanted, the dearest first.
     """
 
     setup: Setup
@@ -521,6 +551,9 @@ class OpTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="op_times"):
     tokens_per_call: int
     ops: tuple[OpTime, ...]
     run_ns: tuple[int, ...]
+    wanted: str = ""
+    assigned: dict[str, int] = {}
+    fallbacks: tuple[Fallback, ...] = ()
 
     @property
     def placement(self) -> dict[str, int]:
@@ -529,6 +562,29 @@ class OpTimes(msgspec.Struct, frozen=True, tag_field="kind", tag="op_times"):
         for row in self.ops:
             counts[row.provider] = counts.get(row.provider, 0) + row.nodes
         return counts
+
+    @property
+    def placed(self) -> list[Placed]:
+        """One row an execution provider, that of the target first, then the dearest."""
+        times: dict[str, int] = {}
+        for row in self.ops:
+            times[row.provider] = times.get(row.provider, 0) + row.ns
+        counts = self.placement | self.assigned
+        total, calls = sum(times.values()), max(self.calls, 1)
+        rows = [
+            Placed(name, nodes, times.get(name, 0) / 1e3 / calls, _ratio(times.get(name, 0), total))
+            for name, nodes in counts.items()
+        ]
+        return sorted(rows, key=lambda r: (r.provider != self.wanted, -r.us_per_call))
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A sentence for every reason why nodes did not run where the target says."""
+        return tuple(
+            f"{len(f.nodes)} {f.op} node{'s' if len(f.nodes) > 1 else ''} ran on {f.provider} instead of "
+            f"{self.wanted} ({f.ns / 1e3 / max(self.calls, 1):.3g} us a {self.form}): {f.why}"
+            for f in self.fallbacks
+        )
 
     @property
     def by_op(self) -> list[tuple[str, float, int]]:

@@ -30,6 +30,8 @@ class Target:
         fuse: passes that put this project's own operators in the place of standard ones, in order: files
             in exporter/passes/.
         inline: put the operators' bodies in the place of their nodes, for a runtime without local functions.
+        full_placement: promise that the provider runs every node. ONNX Runtime is opened so that it refuses a
+            graph of which a node would fall back to the CPU; without the promise that is a warning.
         lengths: values of T that a runtime of fixed shapes prepares; longer inputs are fed in them.
         agreement: how far its runtime may be from ONNX Runtime's CPU provider on the same graph: the largest
             difference of logits and state, relative to their RMS.
@@ -48,6 +50,7 @@ class Target:
     opset: int = 23
     fuse: list[str] = field(default_factory=list)
     inline: bool = False
+    full_placement: bool = False
     lengths: list[int] = field(default_factory=list)
     agreement: float = 1e-3
     bodies: dict[str, str] = field(default_factory=dict)
@@ -104,7 +107,8 @@ def parse_target(name: str, text: str) -> Target:
     """A target from the text of its TOML.
 
     Raises:
-        TargetError: not TOML, an unknown or missing key, or a value of a wrong type.
+        TargetError: not TOML, an unknown or missing key, a value of a wrong type, or a promise that means
+            nothing.
     """
     try:
         row = tomllib.loads(text)
@@ -122,6 +126,13 @@ def parse_target(name: str, text: str) -> Target:
                 allowed=wanted.__name__,
             )
     try:
-        return Target(name=name, **row)
+        target = Target(name=name, **row)
     except TypeError as error:
         raise TargetError(f"target {name!r} lacks a key", got=error) from error
+    if target.full_placement and target.provider == "CPUExecutionProvider":
+        raise TargetError(
+            f"target {name!r} promises that nothing falls back to the CPU, and is for the CPU",
+            got="full_placement = true",
+            fix="leave the key out",
+        )
+    return target

@@ -6,15 +6,16 @@ import json
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from xexport.core.errors import RuntimeFailure
-from xexport.core.records import OpTime, OpTimes, Setup
+from xexport.core.records import Fallback, OpTime, OpTimes, Setup
 from xexport.runtimes.engine import Cell
+from xexport.runtimes.placement import Assigned, why_on_cpu
 
 __all__ = ["parse_profile", "profile_ops"]
 
@@ -22,7 +23,14 @@ _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 
 
 def parse_profile(
-    path: Path, *, setup: Setup, form: str = "step", tokens_per_call: int = 1, skip: int = 0
+    path: Path,
+    *,
+    setup: Setup,
+    form: str = "step",
+    tokens_per_call: int = 1,
+    skip: int = 0,
+    wanted: str = "",
+    assigned: Sequence[Assigned] = (),
 ) -> OpTimes:
     """Read the JSON that a session with ``enable_profiling`` wrote.
 
@@ -35,6 +43,8 @@ def parse_profile(
     Args:
         form, tokens_per_call: what was fed, for the row.
         skip: calls at the beginning that are left out (warm-up).
+        wanted: the target's execution provider; what another one ran is a fallback.
+        assigned: which provider was given which node, if that is known.
 
     Raises:
         RuntimeFailure: the file is no profile, or holds no more than ``skip`` calls.
@@ -46,7 +56,8 @@ def parse_profile(
     first = runs[0][0]
     kernels = [e for e in events if _is_kernel(e) and e["ts"] >= first]
     rows: dict[tuple[str, str], list[tuple[str, int]]] = defaultdict(list)
-    for event, identity, own in _own_times(kernels):
+    timed = _own_times(kernels)
+    for event, identity, own in timed:
         args = event["args"]
         rows[args["op_name"], args.get("provider", "unknown")].append((identity, own))
     return OpTimes(
@@ -59,6 +70,9 @@ def parse_profile(
             for (op, provider), seen in sorted(rows.items())
         ),
         run_ns=tuple((end - begin) * 1000 for begin, end in runs),
+        wanted=wanted,
+        assigned=dict(Counter(node.provider for node in assigned)),
+        fallbacks=_fallbacks(map(_ran, timed), wanted, assigned) if wanted else (),
     )
 
 
@@ -71,6 +85,7 @@ def profile_ops(
     warmup: int = 5,
     tokens_per_call: int = 1,
     threads: int = 0,
+    runtime: str | None = None,
 ) -> OpTimes:
     """Profile an ONNX Runtime bundle: ``steps`` calls of ``tokens_per_call`` tokens at batch 1.
 
@@ -81,7 +96,7 @@ def profile_ops(
         BundleError, RuntimeFailure: the bundle can't be opened, run or profiled.
     """
     from xexport.core.manifest import read_manifest
-    from xexport.runtimes.opening import open_engine
+    from xexport.runtimes.opening import CPU, open_engine
 
     manifest = read_manifest(bundle)
     contract = manifest.model.contract
@@ -106,15 +121,23 @@ def profile_ops(
                 yield time.perf_counter_ns() - began
 
     engine: Any
-    if manifest.runtime != "onnxruntime":
-        engine = open_engine(bundle, manifest, threads=threads, profile=True)
+    if (runtime or manifest.runtime) not in ("onnxruntime", CPU):
+        engine = open_engine(bundle, manifest, runtime=runtime, threads=threads, profile=True)
         return _node_times(engine.cell(1), calls, manifest.provider, setup, form, per_call)
     with tempfile.TemporaryDirectory(prefix="xexport-profile-") as folder:
-        engine = open_engine(bundle, manifest, threads=threads, profile_prefix=Path(folder) / "profile")
+        prefix = Path(folder) / "profile"
+        engine = open_engine(bundle, manifest, runtime=runtime, threads=threads, profile_prefix=prefix)
         for _ in calls(engine.cell(1)):
             pass
+        assigned = engine.assigned()
         return parse_profile(
-            engine.end_profiling(), setup=setup, form=form, tokens_per_call=per_call, skip=warmup
+            engine.end_profiling(),
+            setup=setup,
+            form=form,
+            tokens_per_call=per_call,
+            skip=warmup,
+            wanted=engine.provider,
+            assigned=assigned,
         )
 
 
@@ -126,20 +149,70 @@ def _node_times(
     form: str,
     per_call: int,
 ) -> OpTimes:
-    """By operator, of a cell that tells the time of every node after each call."""
-    nodes: dict[str, set[str]] = defaultdict(set)
-    times: Counter[str] = Counter()
-    runs = []
+    """By operator, of a cell that tells the time of every node after each call.
+
+    Its ``node_times()`` gives (name, type, nanoseconds), or (name, type, provider, nanoseconds).
+    """
+    nodes: dict[tuple[str, str], set[str]] = defaultdict(set)
+    times: Counter[tuple[str, str]] = Counter()
+    runs, ran = [], []
     for run in calls(cell):
         runs.append(run)
-        for name, kind, ns in cell.node_times():
+        for name, kind, *where, ns in cell.node_times():
             if ns:
-                nodes[kind].add(name)
-                times[kind] += ns
+                ran.append(_Ran(name, kind, where[0] if where else provider, ns))
+                nodes[kind, ran[-1].provider].add(name)
+                times[kind, ran[-1].provider] += ns
     ops = tuple(
-        OpTime(op, provider, len(nodes[op]), len(nodes[op]) * len(runs), ns) for op, ns in times.most_common()
+        OpTime(op, on, len(nodes[op, on]), len(nodes[op, on]) * len(runs), ns)
+        for (op, on), ns in times.most_common()
     )
-    return OpTimes(setup, form, len(runs), per_call, ops, tuple(runs))
+    fallbacks = _fallbacks(ran, provider)
+    return OpTimes(setup, form, len(runs), per_call, ops, tuple(runs), wanted=provider, fallbacks=fallbacks)
+
+
+class _Ran(NamedTuple):
+    """One node in one call: its name, operator, provider, nanoseconds of its own, types of its inputs."""
+
+    name: str
+    op: str
+    provider: str
+    ns: int
+    types: Sequence[str] = ()
+
+
+def _fallbacks(ran: Iterable[_Ran], wanted: str, assigned: Sequence[Assigned] = ()) -> tuple[Fallback, ...]:
+    """What ran on another provider than ``wanted``, by operator and reason, the dearest first."""
+    domains = {node.name: node.domain for node in assigned}
+    taken = Counter(node.op for node in assigned if node.provider == wanted)
+    times: Counter[tuple[str, str, str]] = Counter()
+    nodes: dict[tuple[str, str, str], dict[str, None]] = defaultdict(dict)
+    for node in ran:
+        if node.provider == wanted:
+            continue
+        why = why_on_cpu(node.op, domains.get(node.name, ""), wanted, taken[node.op], node.types)
+        key = node.op, node.provider, why
+        times[key] += node.ns
+        nodes[key][node.name] = None
+    return tuple(
+        Fallback(op, provider, tuple(nodes[op, provider, why]), ns, why)
+        for (op, provider, why), ns in times.most_common()
+    )
+
+
+def _ran(timed: tuple[dict[str, Any], str, int]) -> _Ran:
+    """A node's event with what tells it from others and the microseconds of its own."""
+    event, identity, own = timed
+    args = event["args"]
+    name = str(event["name"]).removesuffix("_kernel_time")
+    provider = args.get("provider", "unknown")
+    return _Ran(name or identity, args["op_name"], provider, own * 1000, _types(args))
+
+
+def _types(args: Mapping[str, Any]) -> list[str]:
+    """Element types of a node's inputs, each once."""
+    rows = args.get("input_type_shape") or []
+    return list(dict.fromkeys(str(kind) for row in rows if isinstance(row, dict) for kind in row))
 
 
 def _events(path: Path) -> list[dict[str, Any]]:

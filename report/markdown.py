@@ -21,6 +21,8 @@ _SECTIONS = (
     ("Speed", "latency", "latency_note"),
     ("Step time along the stream", "position_times", ""),
     ("Size and memory", "resources", ""),
+    ("Placement", "placement", ""),
+    ("Fallen back to another provider", "fallbacks", ""),
     ("Chunk law", "law", "law_note"),
     ("Operators", "lowerings", ""),
     ("Left as they were", "refusals", ""),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xexport.core.manifest import Manifest
-from xexport.core.records import Bandwidth, Memory, OpTimes, Record
+from xexport.core.records import Bandwidth, Fallback, Memory, OpTimes, Placed, Record
 from xexport.core.stats import finite_or_none as number
 from xexport.report.entries import last_of
 from xexport.report.jsonout import summary
@@ -21,8 +21,9 @@ def profile_summary(manifest: Manifest, records: Sequence[Record], bundle: str) 
     """What ``xexport profile --json`` prints.
 
     Keys: model, target, bundle, bytes, latency, peak_rss, operators[{op, us_per_step, nodes}],
-    placement{provider: nodes}, bandwidth{bytes_per_s, fraction_of_floor}, environment. In the whole-sequence
-    form passes, and no bandwidth; us_per_step is of a whole pass.
+    placement[{provider, nodes, us_per_step, share}], fallbacks[{op, nodes[], provider, us_per_step, why}],
+    warnings[] (every fallback as a sentence), bandwidth{bytes_per_s, fraction_of_floor}, environment. In the
+    whole-sequence form passes, and no bandwidth; us_per_step is of a whole pass.
     """
     whole = summary(manifest, records, bundle)
     ops = next((r for r in records if isinstance(r, OpTimes) and r.form in ("step", "whole")), None)
@@ -34,9 +35,32 @@ def profile_summary(manifest: Manifest, records: Sequence[Record], bundle: str) 
         "operators": [{"op": op, "us_per_step": number(us), "nodes": nodes} for op, us, nodes in ops.by_op]
         if ops
         else [],
-        "placement": ops.placement if ops else {},
+        "placement": [_placed(row) for row in ops.placed] if ops else [],
+        "fallbacks": [_fallback(row, ops.calls) for row in ops.fallbacks] if ops else [],
+        "warnings": list(dict.fromkeys(w for r in records for w in getattr(r, "warnings", ()))),
         "bandwidth": _bandwidth(last_of(records, Bandwidth), step),
         "environment": records[-1].setup.environment if records else None,
+    }
+
+
+def _placed(row: Placed) -> dict[str, Any]:
+    """One provider's row."""
+    return {
+        "provider": row.provider,
+        "nodes": row.nodes,
+        "us_per_step": number(row.us_per_call),
+        "share": number(row.share),
+    }
+
+
+def _fallback(row: Fallback, calls: int) -> dict[str, Any]:
+    """Nodes of one operator that fell back for one reason."""
+    return {
+        "op": row.op,
+        "nodes": list(row.nodes),
+        "provider": row.provider,
+        "us_per_step": number(row.ns / 1e3 / max(calls, 1)),
+        "why": row.why,
     }
 
 

@@ -14,6 +14,7 @@ from xexport.core.records import (
     ChunkLaw,
     Fidelity,
     Memory,
+    OpTimes,
     Record,
 )
 from xexport.report import format as fmt
@@ -27,11 +28,13 @@ __all__ = [
     "chunk_law",
     "decisions",
     "environment",
+    "fallbacks",
     "fidelity",
     "files",
     "latency",
     "lowerings",
     "model",
+    "placement",
     "positions",
     "refusals",
     "resources",
@@ -224,10 +227,50 @@ def resources(manifest: Manifest, records: Sequence[Record]) -> Table:
                 )
             )
     times = op_times_of(records, "step" if streams else "whole")
-    if times:
-        for provider, nodes in times.placement.items():
-            rows.append(("Nodes", str(nodes), f"on {provider}, read from the runtime's profile"))
+    for placed in times.placed if times else ():
+        share = f"{fmt.percent(placed.share)} of the nodes' time" if placed.us_per_call else "never run"
+        rows.append(("Nodes", str(placed.nodes), f"on {placed.provider}, {share}"))
     return Table(("What", "Figure", "Meaning"), rows, (1,))
+
+
+def placement(records: Sequence[Record]) -> Table:
+    """Which execution provider ran how many nodes, for how long: one row a form and provider."""
+    rows = [
+        (
+            found.form,
+            placed.provider,
+            str(placed.nodes),
+            fmt.ms(placed.us_per_call / 1e3),
+            fmt.percent(placed.share),
+        )
+        for found in _profiles(records)
+        for placed in found.placed
+    ]
+    return Table(("Call", "Provider", "Nodes", "Time a call", "Share"), rows, (2, 3, 4))
+
+
+def fallbacks(records: Sequence[Record]) -> Table:
+    """Nodes that another provider ran than the target's, and why; empty where all ran as promised."""
+    rows = [
+        (
+            found.form,
+            row.op,
+            str(len(row.nodes)),
+            row.provider,
+            fmt.ms(row.ns / 1e6 / max(found.calls, 1)),
+            row.why,
+            row.nodes[0],
+        )
+        for found in _profiles(records)
+        for row in found.fallbacks
+    ]
+    return Table(("Call", "Operator", "Nodes", "Ran on", "Time a call", "Why", "The first"), rows, (2, 4))
+
+
+def _profiles(records: Sequence[Record]) -> list[OpTimes]:
+    """The newest profile of every form."""
+    found = (op_times_of(records, form) for form in ("step", "prefill", "whole"))
+    return [row for row in found if row is not None]
 
 
 def decisions(manifest: Manifest) -> Table:

@@ -42,6 +42,8 @@ def _measured(data: Record) -> Iterable[RenderableType]:
     yield _pairs(" on ".join(head) or "bundle", _accuracy(data) + _speed(data) + _sizes(data))
     title = "time by operator, one pass" if data.get("form") == "whole" else "time by operator, one step"
     yield _rows(title, (data.get("operators") or ())[:12])
+    yield _rows("placement", [_placed(row) for row in data.get("placement") or ()])
+    yield _rows("fallen back to another provider", [_fallen(row) for row in data.get("fallbacks") or ()])
     yield _pairs("", _leaves({k: v for k, v in data.items() if k not in _SHOWN}, ""))
     yield from _warnings(data)
     for problem in data.get("problems") or ():
@@ -51,6 +53,17 @@ def _measured(data: Record) -> Iterable[RenderableType]:
         yield f"[bold]bundle[/] {_plain(folder)}"
         if (Path(str(folder)) / "report.html").is_file():
             yield f"[bold]report[/] {_plain(Path(str(folder)) / 'report.html')}"
+
+
+def _placed(row: Record) -> Record:
+    """A provider's row, its share in percent."""
+    return {**row, "share": _share(row.get("share"))}
+
+
+def _fallen(row: Record) -> Record:
+    """Nodes that fell back, the first of them by name."""
+    nodes = row["nodes"]
+    return {**row, "nodes": len(nodes), "the first": nodes[0] if nodes else ""}
 
 
 #: Keys that the rows below say in words; any other key is printed as it is.
@@ -81,6 +94,7 @@ _SHOWN = frozenset(
         "native_kernels",
         "operators",
         "placement",
+        "fallbacks",
         "bandwidth",
         "environment",
         "warnings",
@@ -148,7 +162,6 @@ def _speed(data: Record) -> list[tuple[str, str]]:
     if _is_number(bandwidth.get("fraction_of_floor")):
         share = f"{100 * bandwidth['fraction_of_floor']:.0f} % of a step"
         rows.append(("reading the weights takes", f"{_number(bandwidth.get('floor_ms'))} ms, {share}"))
-    rows.append(("nodes run by", _named(data.get("placement"))))
     if data.get("native_kernels") is not None:
         rows.append(("native kernels", _value(data["native_kernels"])))
     return rows
@@ -307,7 +320,7 @@ def _models(data: Record) -> Iterable[RenderableType]:
 
 def _warnings(data: Record) -> Iterable[RenderableType]:
     for warning in data.get("warnings") or ():
-        yield f"[yellow]warning[/] {_plain(warning)}"
+        yield f"[bold yellow]warning[/] {_plain(warning)}"
 
 
 def _tree(data: Record) -> Iterable[RenderableType]:

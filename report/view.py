@@ -124,6 +124,8 @@ def bundle_view(manifest: Manifest, records: Sequence[Record]) -> dict[str, Any]
         "latency_note": _latency_note(latency, records) if latency else whole.passes_note(records, contract),
         "position_times": tables.positions(records),
         "resources": tables.resources(manifest, records),
+        "placement": tables.placement(records),
+        "fallbacks": tables.fallbacks(records),
         "law": tables.chunk_law(records),
         "law_note": _law_note(records),
         "lowerings": tables.lowerings(manifest),

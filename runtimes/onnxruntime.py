@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from xexport.core.errors import BundleError, RuntimeFailure
 from xexport.core.manifest import KEEP_INPUT, Manifest, safe_path
+from xexport.runtimes import placement
 from xexport.runtimes.inputs import Inputs
 from xexport.runtimes.native import NativeKernels, find_native
 from xexport.runtimes.state_buffers import StateBuffers, aligned, check_appended
@@ -57,10 +58,11 @@ def open_engine(
         manifest: its manifest.
         threads: intra-op threads; 0 takes every physical core.
         profile_prefix: write ORT's per-operator profile to files of this prefix (read it after
-            ``engine.end_profiling()``).
+            ``engine.end_profiling()``), and keep which provider took which node (``engine.assigned()``).
 
     Raises:
-        RuntimeFailure: the provider isn't available, or ORT refused the graph.
+        RuntimeFailure: the provider isn't available, ORT refused the graph, or the target promises full
+            placement and nodes would fall back to the CPU (they are named).
         BundleError: the graph's inputs and outputs aren't those of the manifest, or an option of
             the manifest names a path.
     """
@@ -79,16 +81,21 @@ def open_engine(
     check_appended(manifest.state)
     native = find_native()
     options = _session_options(manifest, threads, native)
+    if provider != _CPU and manifest.target_row.get("full_placement"):
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if profile_prefix is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_prefix)
+        placement.record(options)
     providers = [(provider, _options_of(manifest, "provider_options") if own else {})]
+    path = str(safe_path(folder, manifest.graph))
     began = time.perf_counter()
     try:
-        session = ort.InferenceSession(
-            str(safe_path(folder, manifest.graph)), options, providers=providers, enable_fallback=0
-        )
+        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ORT's exception classes share no public base
+        if placement.is_broken_promise(error):
+            free = _session_options(manifest, threads, native)
+            raise placement.broken_promise(path, free, providers) from error
         raise _refused(error, folder / manifest.graph) from error
     seconds = time.perf_counter() - began
     _check_signature(session, manifest)
@@ -122,6 +129,15 @@ class OrtEngine:
     def end_profiling(self) -> Path:
         """The file of the profile, complete; only of an engine with a ``profile_prefix``."""
         return Path(self.session.end_profiling())
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that was asked for: a bundle of another runtime runs on the CPU."""
+        return self.manifest.provider if self.manifest.runtime == "onnxruntime" else _CPU
+
+    def assigned(self) -> list[placement.Assigned]:
+        """Which provider took which node; only of an engine with a ``profile_prefix``."""
+        return placement.assignment(self.session)
 
     def in_place(self) -> frozenset[str]:
         """State tensors with one buffer: appended to by a kernel that is there and writes in place.

@@ -18,6 +18,7 @@ from xexport.core.errors import RuntimeFailure
 from xexport.core.manifest import Manifest
 from xexport.runtimes.environments import worker_command
 from xexport.runtimes.inputs import Inputs
+from xexport.runtimes.placement import Assigned
 from xexport.runtimes.wire import Tensors, read_frame, write_frame
 
 __all__ = ["RemoteCell", "RemoteEngine", "open_engine"]
@@ -75,6 +76,15 @@ class RemoteEngine:
         row, _ = self._link.ask({"op": "memory"})
         return {key: int(row.get(key, 0)) for key in ("rss", "peak_bytes")}
 
+    @property
+    def provider(self) -> str:
+        """The execution provider, or device, that the bundle is for."""
+        return self.manifest.provider
+
+    def assigned(self) -> list[Assigned]:
+        """Which provider took which node, of an engine with a ``profile_prefix``."""
+        return [Assigned(*map(str, node)) for node in self._link.ask({"op": "assigned"})[0]["nodes"]]
+
     def end_profiling(self) -> Path:
         """The profile that the worker's ONNX Runtime wrote."""
         row, _ = self._link.ask({"op": "end_profiling"})
@@ -112,9 +122,10 @@ class RemoteCell:
         """Overwrite the present state."""
         self._ask("write", tensors)
 
-    def node_times(self) -> list[tuple[str, str, int]]:
-        """(name, type, nanoseconds) of every node in the last call."""
-        return [(str(name), str(kind), int(ns)) for name, kind, ns in self._ask("node_times")[0]["nodes"]]
+    def node_times(self) -> list[tuple[Any, ...]]:
+        """(name, type, nanoseconds) of every node in the last call, or (name, type, provider, nanoseconds)."""
+        rows = self._ask("node_times")[0]["nodes"]
+        return [(*map(str, row[:-1]), int(row[-1])) for row in rows]
 
     def _ask(
         self, op: str, tensors: Mapping[str, npt.NDArray[Any]] | None = None, **parts: Any

@@ -8,7 +8,8 @@ It needs numpy, msgspec and the runtime's own package, neither torch nor onnx. O
 | ``cell`` | batch | cell (a number) |
 | ``run`` | cell, keep, tensor ``inputs`` | ns (inside the worker), tensor ``logits`` |
 | ``read``, ``write``, ``reset`` | cell (and the state's tensors) | the state's tensors, or nothing |
-| ``node_times`` | cell | nodes: name, type, nanoseconds of the last call |
+| ``node_times`` | cell | nodes: name, type (and provider), nanoseconds of the last call |
+| ``assigned`` | | nodes: name, operator, domain, provider (ONNX Runtime, opened with a ``profile_prefix``) |
 | ``end_profiling`` | | path of the profile (ONNX Runtime, opened with a ``profile_prefix``) |
 | ``memory`` | | rss, peak_bytes of this process |
 
@@ -51,6 +52,7 @@ class Worker:
             "write": self._write,
             "reset": self._reset,
             "node_times": lambda row, _: ({"nodes": [list(n) for n in self._of(row).node_times()]}, {}),
+            "assigned": lambda _row, _: ({"nodes": [list(n) for n in self._engine.assigned()]}, {}),
             "end_profiling": lambda _row, _: ({"path": str(self._engine.end_profiling())}, {}),
             "memory": lambda _row, _: (memory_facts(), {}),
         }
