@@ -123,7 +123,7 @@ class RemoteCell:
         self._ask("write", tensors)
 
     def node_times(self) -> list[tuple[Any, ...]]:
-        """(name, type, nanoseconds) of every node in the last call, or (name, type, provider, nanoseconds)."""
+        """(name, type, nanoseconds) of every node in the last call; the provider may come before the time."""
         rows = self._ask("node_times")[0]["nodes"]
         return [(*map(str, row[:-1]), int(row[-1])) for row in rows]
 
