@@ -121,20 +121,37 @@ def load_module(family: Family, path: Path) -> Any:
 
 
 def check_own_file(
-    family: Family, config: Any, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path
+    family: Family,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    another: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """A file of our own training is recognised and read; one of another family is refused."""
-    metadata = {"xexport.layout": "training", "xexport.config": json.dumps(dataclasses.asdict(config))}
-    for name in (family.name, "another"):
-        save_file(dict(tensors), folder / f"{name}.safetensors", {**metadata, "xexport.family": name})
-    raw = open_checkpoint(folder / f"{family.name}.safetensors")
-    assert "metadata" in str(family.recognise(raw))
-    loaded = family.load(raw)
-    assert loaded.config == config
-    assert set(loaded.tensors) == set(wanted)
-    assert all(torch.equal(loaded.tensors[k], v) for k, v in wanted.items())
+    """A file of our own training is recognised and read; one of another family is refused.
+
+    Args:
+        tensors: what the training leaves; ``wanted``: what is read from it.
+        another: the other family's tensors, where these could be read as somebody else's file.
+    """
+
+    def path(name: str, row: Mapping[str, Any], stored: Mapping[str, Tensor]) -> Path:
+        about = {"xexport.family": name, "xexport.layout": "training", "xexport.config": json.dumps(row)}
+        save_file(dict(stored), folder / f"{name}.safetensors", about)
+        return folder / f"{name}.safetensors"
+
+    row = dataclasses.asdict(config)
+    short = {f.name: row[f.name] for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
+    for given in (short, row):  # what is a default may be left out
+        raw = open_checkpoint(path(family.name, given, tensors))
+        assert "metadata" in str(family.recognise(raw))
+        loaded = family.load(raw)
+        assert loaded.config == config
+        assert set(loaded.tensors) == set(wanted)
+        assert all(torch.equal(loaded.tensors[k], v) for k, v in wanted.items())
     with pytest.raises(CheckpointError, match="can be read"):
-        family.load(open_checkpoint(folder / "another.safetensors"))
+        family.load(open_checkpoint(path("another", row, another or tensors)))
 
 
 def error(got: Tensor, want: Tensor) -> float:

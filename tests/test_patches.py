@@ -1,0 +1,90 @@
+"""Models that read patches (models/_patches.py): the chunk law at every alignment, exports, the bound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chunk_form import (
+    check_cuts,
+    check_export,
+    check_gradients,
+    check_init,
+    check_own_file,
+    check_training_form,
+    random_model,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import xexport
+from xexport.core.checkpoint import open_checkpoint
+from xexport.core.errors import CheckpointError, LimitError
+from xexport.core.registry import get_family
+
+TITLES = {"block_transformer": "a Block Transformer", "hourglass": "an Hourglass", "megabyte": "a MegaByte"}
+VARIANTS = [(f, v) for f in TITLES for v in get_family(f).presets if v.startswith("tiny")]
+each_family = pytest.mark.parametrize("name", TITLES)
+
+
+@each_family
+@settings(max_examples=15, deadline=None)
+@given(
+    data=st.data(),
+    batch=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=5),
+    seed=st.integers(0, 50),
+)
+def test_any_cut_gives_the_same_logits_and_state(
+    name: str, data: st.DataObject, batch: int, lengths: list[int], seed: int
+) -> None:
+    family = get_family(name)
+    variant = data.draw(st.sampled_from([v for f, v in VARIANTS if f == name]))
+    check_cuts(random_model(family, family.presets[variant], seed), batch, lengths)
+
+
+@pytest.mark.parametrize(("name", "variant"), VARIANTS)
+def test_training_form_is_the_chunk_form_from_the_first_state(name: str, variant: str) -> None:
+    family = get_family(name)
+    check_training_form(family, family.presets[variant])
+    check_gradients(family, family.presets[variant])
+
+
+@each_family
+def test_init_depends_on_the_seed_alone(name: str) -> None:
+    check_init(get_family(name), get_family(name).presets["tiny"])
+
+
+@each_family
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
+def test_bundle_is_pytorch(exporter: Any, name: str, target: str) -> None:
+    check_export(exporter, name, target)
+
+
+@each_family
+def test_a_bundle_refuses_what_is_longer(exporter: Any, name: str) -> None:
+    bundle = xexport.load(exporter(name, "cpu-fp32"))
+    assert bundle.manifest.model.max_tokens == 96
+    with pytest.raises(LimitError):
+        bundle.stream().feed([1] * 97)
+
+
+@each_family
+def test_loads_a_file_of_our_own_training(tmp_path: Path, name: str) -> None:
+    family = get_family(name)
+    config = family.presets["tiny"]
+    wanted = random_model(family, config).state_dict()
+    tensors = {k: v for k, v in wanted.items() if not k.endswith("turns")}
+    # the Block Transformer's own names are the authors', which it reads without metadata too
+    another = {"x": torch.zeros(1)} if name == "block_transformer" else None
+    check_own_file(family, config, tensors, wanted, tmp_path, another=another)
+
+
+@each_family
+def test_another_file_is_refused(tmp_path: Path, name: str) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=f"not {TITLES[name]}"):
+        get_family(name).load(open_checkpoint(tmp_path / "other.safetensors"))
