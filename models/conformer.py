@@ -38,13 +38,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.contract import InputSpec
 from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import layer_states
 from xexport.models._conformer import Block, Places, Subsampling, position_table, projected_table
+from xexport.models._own import load_own
 
 __all__ = ["FAMILY", "Conformer", "ConformerConfig", "ConformerTraining", "StreamingConformer"]
 
@@ -272,16 +273,7 @@ def _folded(own: Mapping[str, Tensor], eps: float) -> tuple[Tensor, Tensor]:
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
     """A file of xexport's own training."""
-    config = require_own_config(raw, "conformer", ConformerConfig, title="a Conformer")
-    with torch.device("meta"):
-        trained, wanted = ConformerTraining(config), _build(config)
-    found = match_tensors(raw.tensors, trained, raw.path.name)
-    return LoadedModel(
-        family="conformer",
-        config=config,
-        tensors=match_tensors(_from_training(config, found), wanted, raw.path.name),
-        source=str(raw.path),
-    )
+    return load_own(FAMILY, raw, title="a Conformer")
 
 
 @torch.no_grad()

@@ -36,11 +36,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState, layer_states
+from xexport.models._own import load_own
 
 __all__ = ["FAMILY", "Gtrxl", "GtrxlConfig", "GtrxlTraining"]
 
@@ -262,19 +263,7 @@ def _init(module: nn.Module, seed: int) -> None:
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = require_own_config(
-        raw, "gtrxl", GtrxlConfig, title="a GTrXL", fix="the paper's authors published no weights"
-    )
-    with torch.device("meta"):
-        trained, wanted = GtrxlTraining(config), Gtrxl(config)
-    tensors = _from_training(config, match_tensors(raw.tensors, trained, raw.path.name))
-    return LoadedModel(
-        family="gtrxl",
-        config=config,
-        tensors=match_tensors(tensors, wanted, raw.path.name),
-        tokenizer="bytes" if config.vocab_size == 256 else None,
-        source=str(raw.path),
-    )
+    return load_own(FAMILY, raw, title="a GTrXL", fix="the paper's authors published no weights")
 
 
 FAMILY = Family(

@@ -35,10 +35,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._own import load_own
 
 __all__ = ["FAMILY", "Linformer", "LinformerConfig", "LinformerTrain"]
 
@@ -206,11 +207,7 @@ def _init(module: nn.Module, seed: int) -> None:
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = require_own_config(raw, "linformer", LinformerConfig, title="a Linformer")
-    with torch.device("meta"):
-        wanted = Linformer(config)
-    tensors = match_tensors(raw.tensors, wanted, raw.path.name)
-    return LoadedModel("linformer", config, tensors, source=str(raw.path))
+    return load_own(FAMILY, raw, title="a Linformer")
 
 
 _TINY = LinformerConfig(vocab_size=29, width=32, layers=2, heads=2, length=24, rows=8, ffn=48)

@@ -49,11 +49,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState
+from xexport.models._own import load_own
 
 __all__ = ["FAMILY", "LmuFormer", "LmuFormerConfig", "LmuFormerTraining", "legendre"]
 
@@ -414,22 +415,12 @@ def _init(module: nn.Module, seed: int) -> None:
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = require_own_config(
+    return load_own(
+        FAMILY,
         raw,
-        "lmuformer",
-        LmuFormerConfig,
         title="an LMUFormer",
         fix="the published classifiers look five tokens ahead: they are no causal language models",
-    )
-    with torch.device("meta"):
-        trained, wanted = LmuFormerTraining(config), LmuFormer(config)
-    given = match_tensors({**raw.tensors, "response": _taps(config)}, trained, raw.path.name)
-    return LoadedModel(
-        family="lmuformer",
-        config=config,
-        tensors=match_tensors(_from_training(config, given), wanted, raw.path.name),
-        tokenizer="bytes" if config.vocab_size == 256 else None,
-        source=str(raw.path),
+        tables=lambda config: {"response": _taps(config)},
     )
 
 

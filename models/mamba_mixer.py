@@ -34,12 +34,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState, RMSNorm, layer_states
 from xexport.models._mamba import SelectiveMixer, first_value, selective
+from xexport.models._own import load_own
 from xexport.models.mamba import MambaConfig
 
 __all__ = ["FAMILY", "MambaMixer", "MambaMixerConfig", "MambaMixerTraining"]
@@ -203,18 +204,7 @@ def _init(module: MambaMixer, seed: int) -> None:
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = require_own_config(
-        raw, "mamba_mixer", MambaMixerConfig, title="a MambaMixer", fix="its authors published no weights"
-    )
-    with torch.device("meta"):
-        wanted = MambaMixer(config)
-    return LoadedModel(
-        family="mamba_mixer",
-        config=config,
-        tensors=match_tensors(raw.tensors, wanted, raw.path.name),
-        tokenizer="bytes" if config.vocab_size == 256 else None,
-        source=str(raw.path),
-    )
+    return load_own(FAMILY, raw, title="a MambaMixer", fix="its authors published no weights")
 
 
 FAMILY = Family(

@@ -41,10 +41,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._own import load_own
 from xexport.models._rotary import rope_angles, rotate, turns_of
 from xexport.ops.linear_attention.parallel import gated_parallel
 from xexport.ops.linear_attention.reference import linear_attention
@@ -291,27 +292,26 @@ def _init(module: nn.Module, seed: int) -> None:
             p.copy_(torch.randn(p.shape, generator=rng) * std)
         for block in module.blocks():
             block.attention.directions.copy_(_directions(c.count, c.size, rng))
-        module.turns.copy_(torch.tensor(_turns(c), dtype=torch.int64, device="cpu"))
+        module.turns.copy_(_table(c)["turns"])
 
 
 def _from_training(config: PerformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The two forms have the same parameters and features; the constant table is made anew."""
-    table = torch.tensor(_turns(config), dtype=torch.int64, device="cpu")
-    return {**{k: v.detach() for k, v in tensors.items()}, "turns": table}
+    return {**{k: v.detach() for k, v in tensors.items()}, **_table(config)}
+
+
+def _table(config: PerformerConfig) -> dict[str, Tensor]:
+    return {"turns": torch.tensor(_turns(config), dtype=torch.int64, device="cpu")}
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = require_own_config(
+    return load_own(
+        FAMILY,
         raw,
-        "performer",
-        PerformerConfig,
         title="a Performer",
         fix="published causal Performers look ahead in their keys' normaliser: they can't be streamed",
+        tables=_table,
     )
-    with torch.device("meta"):
-        wanted = Performer(config)
-    tensors = match_tensors(_from_training(config, raw.tensors), wanted, raw.path.name)
-    return LoadedModel("performer", config, tensors, source=str(raw.path))
 
 
 FAMILY = Family(

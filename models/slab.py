@@ -30,17 +30,18 @@ last values, oldest first; ``position`` [1] int64, shared by the batch. Constant
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import layer_states
+from xexport.models._own import load_own
 from xexport.models._rotary import rope_angles, rotate, turns_of
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.linear_attention.parallel import gated_parallel
@@ -331,28 +332,12 @@ def _init(module: nn.Module, seed: int) -> None:
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = require_own_config(
-        raw,
-        "slab",
-        SlabConfig,
-        title="a SLAB",
-        fix="published weights are vision models, which see the whole image",
+    loaded = load_own(
+        FAMILY, raw, title="a SLAB", fix="published weights are vision models, which see the whole image"
     )
-    with torch.device("meta"):
-        trained, wanted = SlabTraining(config), Slab(config)
-    tensors = _from_training(config, match_tensors(raw.tensors, trained, raw.path.name))
-    steps = int(raw.tensors["steps"])
-    early = (
-        f"trained for {steps} of the {config.norm_steps} steps that replace RMS norms: RepBN alone is used"
-    )
-    return LoadedModel(
-        family="slab",
-        config=config,
-        tensors=match_tensors(tensors, wanted, raw.path.name),
-        tokenizer="bytes" if config.vocab_size == 256 else None,
-        source=str(raw.path),
-        notes=(early,) if steps < config.norm_steps else (),
-    )
+    steps, needed = int(raw.tensors["steps"]), loaded.config.norm_steps
+    early = f"trained for {steps} of the {needed} steps that replace RMS norms: RepBN alone is used"
+    return replace(loaded, notes=(early,) if steps < needed else ())
 
 
 FAMILY = Family(
