@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from xexport.core.op import DOMAIN
 
-__all__ = ["BodyBuilder"]
+__all__ = ["BodyBuilder", "Nodes", "function_of", "tensor"]
 
 _UNIQUE = itertools.count()
 
@@ -82,6 +82,40 @@ class BodyBuilder:
         self.nodes.append(node)
         return out
 
+    def choose(
+        self,
+        condition: str,
+        ranks: Sequence[int],
+        then: Nodes,
+        otherwise: Nodes,
+        names: tuple[str, str] = ("then_branch", "else_branch"),
+    ) -> list[str]:
+        """Add an If between two ways to make the same float32 values, of those ranks.
+
+        Args:
+            names: of the two branches.
+        """
+        branches = []
+        for name, nodes in zip(names, (then, otherwise), strict=True):
+            inner = BodyBuilder(name[:4])
+            values = zip(nodes(inner), ranks, strict=True)
+            branches.append(inner.graph(name, [], [tensor(n, rank) for n, rank in values]))
+        return self.multi("If", condition, outs=len(ranks), then_branch=branches[0], else_branch=branches[1])
+
+    def by_length(
+        self,
+        tokens: str,
+        ranks: Sequence[int],
+        step: Nodes,
+        other: Nodes,
+        names: tuple[str, str] = ("then_branch", "else_branch"),
+        *,
+        axis: int = 1,
+    ) -> list[str]:
+        """:meth:`choose` ``step`` where ``axis`` of ``tokens`` has the length 1, else ``other``."""
+        length = self.op("Shape", tokens, start=axis, end=axis + 1)
+        return self.choose(self.op("Equal", length, self.ints(1)), ranks, step, other, names)
+
     def graph(self, name: str, inputs: Iterable[Any], outputs: Iterable[Any]) -> onnx.GraphProto:
         """The nodes as a subgraph; inputs and outputs are names (untyped) or ValueInfoProtos."""
         return helper.make_graph(self.nodes, name, [_info(i) for i in inputs], [_info(o) for o in outputs])
@@ -102,6 +136,29 @@ class BodyBuilder:
         return helper.make_function(
             domain, name, list(inputs), list(outputs), self.nodes, opsets, attributes=list(attributes)
         )
+
+
+#: writes one way to compute some values into a builder, and returns their names
+Nodes = Callable[[BodyBuilder], Sequence[str]]
+
+
+def function_of(
+    name: str, inputs: Sequence[str], outputs: Sequence[str], nodes: Nodes
+) -> Callable[[int], onnx.FunctionProto]:
+    """opset -> the function of that name, whose outputs are what ``nodes`` computes."""
+
+    def build(opset: int) -> onnx.FunctionProto:
+        g = BodyBuilder(name)
+        for value, out in zip(nodes(g), outputs, strict=True):
+            g.op("Identity", value, out=out)
+        return g.function(name, inputs, outputs, opset)
+
+    return build
+
+
+def tensor(name: str, rank: int) -> onnx.ValueInfoProto:
+    """A float32 value, typed and ranked as OpenVINO wants the interface of a Scan body and of a branch."""
+    return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank)
 
 
 def _reference(attribute: str, name: str, kind: str) -> onnx.AttributeProto:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
-import onnx
 
 from xexport.core.op import Body, OpSpec
-from xexport.ops.builder import BodyBuilder
+from xexport.ops.builder import BodyBuilder, function_of
 
 __all__ = ["SPEC"]
 
 _INPUTS = ("weight", "rows")
 _OUTPUTS = ("out",)
-_Nodes = Callable[[BodyBuilder], str]
 
 
-def _step_nodes(g: BodyBuilder) -> str:
+def _step_nodes(g: BodyBuilder) -> list[str]:
     """T = 1: the band is the matrix.
 
     Both are cut to what they are, so that shapes agree in a branch that is not taken.
@@ -25,7 +23,7 @@ def _step_nodes(g: BodyBuilder) -> str:
     zero, one = g.ints(0), g.ints(1)
     taps = g.op("Shape", "weight", start=1)
     weight = g.op("Slice", "weight", zero, one, zero)
-    return g.op("MatMul", weight, g.op("Slice", "rows", zero, taps, one))
+    return [g.op("MatMul", weight, g.op("Slice", "rows", zero, taps, one))]
 
 
 def _band(g: BodyBuilder, blocks: str, block: str, taps: str, short: str) -> str:
@@ -43,7 +41,7 @@ def _band(g: BodyBuilder, blocks: str, block: str, taps: str, short: str) -> str
     return g.op("Reshape", cut, g.op("Concat", blocks, block, minus, axis=0))
 
 
-def _block_nodes(g: BodyBuilder) -> str:
+def _block_nodes(g: BodyBuilder) -> list[str]:
     """Blocks of c = min(T, S) tokens, each with the c+S-1 rows it sees: 2 T S products a channel at most."""
     zero, one, none = g.ints(0), g.ints(1), g.const(0, np.int64)
     length, taps = (g.op("Shape", "weight", start=i, end=i + 1) for i in (0, 1))
@@ -65,34 +63,22 @@ def _block_nodes(g: BodyBuilder) -> str:
         g.op("Shape", "rows", start=2),
         axis=0,
     )
-    return g.op("Slice", g.op("Reshape", g.op("MatMul", band, windows), shape), zero, length, one)
+    return [g.op("Slice", g.op("Reshape", g.op("MatMul", band, windows), shape), zero, length, one)]
 
 
-def _auto_nodes(g: BodyBuilder) -> str:
-    is_step = g.op("Equal", g.op("Shape", "weight", start=0, end=1), g.ints(1))
-    branches = {}
-    for branch, nodes in (("then_branch", _step_nodes), ("else_branch", _block_nodes)):
-        inner = BodyBuilder(branch[:4])
-        out = onnx.helper.make_tensor_value_info(nodes(inner), onnx.TensorProto.FLOAT, [None] * 3)
-        branches[branch] = inner.graph(branch, [], [out])
-    return g.op("If", is_step, **branches)
+def _auto_nodes(g: BodyBuilder) -> list[str]:
+    return g.by_length("weight", (3,), _step_nodes, _block_nodes, axis=0)
 
 
-def _body(nodes: _Nodes, opset: int) -> onnx.FunctionProto:
-    g = BodyBuilder("band_product")
-    g.op("Identity", nodes(g), out="out")
-    return g.function("band_product", _INPUTS, _OUTPUTS, opset)
-
+_body = partial(function_of, "band_product", _INPUTS, _OUTPUTS)
 
 SPEC = OpSpec(
     name="band_product",
     inputs=_INPUTS,
     outputs=_OUTPUTS,
     bodies={
-        "auto": Body(
-            lambda opset: _body(_auto_nodes, opset), "one graph for every T: one product at 1, else blocks"
-        ),
-        "step": Body(lambda opset: _body(_step_nodes, opset), "static T = 1 graphs: one product"),
-        "blocks": Body(lambda opset: _body(_block_nodes, opset), "any T without a branch"),
+        "auto": Body(_body(_auto_nodes), "one graph for every T: one product at 1, else blocks"),
+        "step": Body(_body(_step_nodes), "static T = 1 graphs: one product"),
+        "blocks": Body(_body(_block_nodes), "any T without a branch"),
     },
 )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx
 
 from xexport.core.op import Body, OpSpec
-from xexport.ops.builder import BodyBuilder
+from xexport.ops.builder import BodyBuilder, Nodes, tensor
 
 __all__ = ["SPEC"]
 
@@ -17,7 +15,6 @@ _OUTPUTS = ("y", "new_state")
 _ATTRIBUTES = {"channels": "int", "silu": "int"}
 _END = 2**62
 _SHORT = 32
-_Nodes = Callable[[BodyBuilder], str]
 
 
 def _past(g: BodyBuilder) -> str:
@@ -25,15 +22,15 @@ def _past(g: BodyBuilder) -> str:
     return g.op("Concat", "state", "x", axis=1)
 
 
-def _step_nodes(g: BodyBuilder) -> str:
+def _step_nodes(g: BodyBuilder) -> list[str]:
     """T = 1: state and token are one window. The token is cut to one, which it is, so that shapes agree in a
     branch not taken."""
     zero, one = g.ints(0), g.ints(1)
     window = g.op("Concat", "state", g.op("Slice", "x", zero, one, one), axis=1)
-    return g.op("ReduceSum", g.op("Mul", window, "weight"), one, keepdims=1)
+    return [g.op("ReduceSum", g.op("Mul", window, "weight"), one, keepdims=1)]
 
 
-def _window_nodes(g: BodyBuilder) -> str:
+def _window_nodes(g: BodyBuilder) -> list[str]:
     """Few tokens: the windows [B,T,K,D] side by side, K times the input's memory."""
     zero, one = g.const(0, np.int64), g.const(1, np.int64)
     ends = []
@@ -42,42 +39,38 @@ def _window_nodes(g: BodyBuilder) -> str:
         ends.append(g.op("Range", zero, length, one))
     index = g.op("Add", g.op("Unsqueeze", ends[0], g.ints(1)), ends[1])
     windows = g.op("Gather", _past(g), index, axis=1)
-    return g.op("ReduceSum", g.op("Mul", windows, "weight"), g.ints(2), keepdims=0)
+    return [g.op("ReduceSum", g.op("Mul", windows, "weight"), g.ints(2), keepdims=0)]
 
 
-def _conv_nodes(g: BodyBuilder) -> str:
+def _conv_nodes(g: BodyBuilder) -> list[str]:
     """Any T: the Conv operator, one group a channel, between two transposes."""
     rows = g.op("Transpose", _past(g), perm=[0, 2, 1])
     filters = g.op("Unsqueeze", g.op("Transpose", "weight", perm=[1, 0]), g.ints(1))
     y = g.op("Conv", rows, filters)
     group = g.nodes[-1].attribute.add()
     group.name, group.ref_attr_name, group.type = "group", "channels", onnx.AttributeProto.INT
-    return g.op("Transpose", y, perm=[0, 2, 1])
+    return [g.op("Transpose", y, perm=[0, 2, 1])]
 
 
-def _choice(g: BodyBuilder, limit: int, short: _Nodes, long: _Nodes) -> str:
+def _up_to(g: BodyBuilder, limit: int, short: Nodes, long: Nodes) -> list[str]:
     """``short`` up to ``limit`` tokens, else ``long``."""
-    branches = {}
-    for branch, nodes in (("then_branch", short), ("else_branch", long)):
-        inner = BodyBuilder(branch[:4])
-        out = onnx.helper.make_tensor_value_info(nodes(inner), onnx.TensorProto.FLOAT, [None] * 3)
-        branches[branch] = inner.graph(branch, [], [out])
     length = g.op("Shape", "x", start=1, end=2)
-    return g.op("If", g.op("Less", length, g.ints(limit + 1)), **branches)
+    return g.choose(g.op("Less", length, g.ints(limit + 1)), (3,), short, long)
 
 
-def _auto_nodes(g: BodyBuilder) -> str:
+def _auto_nodes(g: BodyBuilder) -> list[str]:
     """If T is 1 the step, else windows or the Conv."""
-    return _choice(g, 1, _step_nodes, lambda inner: _choice(inner, _SHORT, _window_nodes, _conv_nodes))
+    return _up_to(g, 1, _step_nodes, lambda inner: _up_to(inner, _SHORT, _window_nodes, _conv_nodes))
 
 
-def _body(nodes: _Nodes, opset: int) -> onnx.FunctionProto:
+def _body(nodes: Nodes, opset: int) -> onnx.FunctionProto:
     g = BodyBuilder("causal_conv1d")
-    y = g.op("Add", nodes(g), "bias")
+    (convolved,) = nodes(g)
+    y = g.op("Add", convolved, "bias")
     flag = g.op("Cast", g.attribute("silu", "int"), to=onnx.TensorProto.BOOL)
     plain, active = BodyBuilder("plain"), BodyBuilder("active")
     outs = [plain.op("Identity", y), active.op("Mul", y, active.op("Sigmoid", y))]
-    typed = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [None] * 3) for n in outs]
+    typed = [tensor(n, 3) for n in outs]
     g.multi(
         "If",
         flag,

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import onnx
+from functools import partial
 
 from xexport.core.op import Body, OpSpec
-from xexport.ops.builder import BodyBuilder
+from xexport.ops.builder import BodyBuilder, function_of, tensor
 
 __all__ = ["SPEC"]
 
 _INPUTS = ("packed", "poles", "residues", "skip", "state")
 _OUTPUTS = ("y", "new_state")
-_Nodes = Callable[[BodyBuilder], tuple[str, str]]
-
-
-def _tensor(name: str, rank: int) -> onnx.ValueInfoProto:
-    """Typed and ranked, as OpenVINO wants the interface of a Scan body."""
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank)
 
 
 def _gated(g: BodyBuilder) -> tuple[str, str]:
@@ -75,33 +67,20 @@ def _scan_nodes(g: BodyBuilder) -> tuple[str, str]:
     same = [body.op("Identity", x) for x in fixed]
     graph = body.graph(
         "modal_conv_token",
-        [*(_tensor(n, 3) for n in (re_in, im_in)), *(_tensor(n, 2) for n in fixed), _tensor(now, 3)],
-        [*(_tensor(n, 3) for n in (re, im)), *(_tensor(n, 2) for n in same), _tensor(read, 2)],
+        [*(tensor(n, 3) for n in (re_in, im_in)), *(tensor(n, 2) for n in fixed), tensor(now, 3)],
+        [*(tensor(n, 3) for n in (re, im)), *(tensor(n, 2) for n in same), tensor(read, 2)],
     )
     start = [*_pair(g, "state", 2), *constants, rows]
     re, im, *_, reads = g.multi("Scan", *start, outs=7, body=graph, num_scan_inputs=1)
     return _finish(g, out, z, g.op("Transpose", reads, perm=[1, 0, 2]), re, im)
 
 
-def _auto_nodes(g: BodyBuilder) -> tuple[str, str]:
+def _auto_nodes(g: BodyBuilder) -> list[str]:
     """If T is 1 the step, else the Scan."""
-    is_step = g.op("Equal", g.op("Shape", "packed", start=1, end=2), g.ints(1))
-    branches = {}
-    for branch, nodes in (("then_branch", _step_nodes), ("else_branch", _scan_nodes)):
-        inner = BodyBuilder(branch[:4])
-        y, state = nodes(inner)
-        branches[branch] = inner.graph(branch, [], [_tensor(y, 3), _tensor(state, 4)])
-    y, state = g.multi("If", is_step, outs=2, **branches)
-    return y, state
+    return g.by_length("packed", (3, 4), _step_nodes, _scan_nodes)
 
 
-def _body(nodes: _Nodes, opset: int) -> onnx.FunctionProto:
-    g = BodyBuilder("modal_conv")
-    y, state = nodes(g)
-    g.op("Identity", y, out=_OUTPUTS[0])
-    g.op("Identity", state, out=_OUTPUTS[1])
-    return g.function("modal_conv", _INPUTS, _OUTPUTS, opset)
-
+_body = partial(function_of, "modal_conv", _INPUTS, _OUTPUTS)
 
 SPEC = OpSpec(
     name="modal_conv",
@@ -109,10 +88,10 @@ SPEC = OpSpec(
     outputs=_OUTPUTS,
     bodies={
         "auto": Body(
-            lambda opset: _body(_auto_nodes, opset),
+            _body(_auto_nodes),
             "one graph for both uses: the step body at T = 1, a Scan for prefill",
         ),
-        "step": Body(lambda opset: _body(_step_nodes, opset), "static T = 1 graphs: no loop and no branch"),
-        "scan": Body(lambda opset: _body(_scan_nodes, opset), "any T: one loop step a token"),
+        "step": Body(_body(_step_nodes), "static T = 1 graphs: no loop and no branch"),
+        "scan": Body(_body(_scan_nodes), "any T: one loop step a token"),
     },
 )

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
-import onnx
 from onnx import numpy_helper
 
 from xexport.core.op import Body, OpSpec
-from xexport.ops.builder import BodyBuilder
+from xexport.ops.builder import BodyBuilder, function_of, tensor
 
 __all__ = ["SPEC"]
 
 _INPUTS = ("u", "dt", "A", "B", "C", "D", "state")
 _OUTPUTS = ("y", "new_state")
-_Nodes = Callable[[BodyBuilder], tuple[str, str]]
-
-
-def _tensor(name: str, rank: int) -> onnx.ValueInfoProto:
-    """Typed and ranked, as OpenVINO wants the interface of a Scan body."""
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank)
 
 
 def _step_nodes(g: BodyBuilder) -> tuple[str, str]:
@@ -59,32 +52,20 @@ def _scan_nodes(g: BodyBuilder) -> tuple[str, str]:
     a_out = body.op("Identity", a_in)
     graph = body.graph(
         "selective_scan_token",
-        [_tensor(h_in, 3), _tensor(a_in, 2), *(_tensor(n, 3) for n in (dt, q, b_col, c_row))],
-        [_tensor(h_out, 3), _tensor(a_out, 2), _tensor(y_t, 3)],
+        [tensor(h_in, 3), tensor(a_in, 2), *(tensor(n, 3) for n in (dt, q, b_col, c_row))],
+        [tensor(h_out, 3), tensor(a_out, 2), tensor(y_t, 3)],
     )
     end, _, rows = g.multi("Scan", *start, *sequences, outs=3, body=graph, num_scan_inputs=4)
     read = g.op("Transpose", g.op("Squeeze", rows, g.ints(2)), perm=[1, 0, 2])
     return g.op("Add", read, g.op("Mul", "u", "D")), g.op("Transpose", end, perm=[0, 2, 1])
 
 
-def _auto_nodes(g: BodyBuilder) -> tuple[str, str]:
+def _auto_nodes(g: BodyBuilder) -> list[str]:
     """If T is 1 the step, else the Scan."""
-    is_step = g.op("Equal", g.op("Shape", "u", start=1, end=2), g.ints(1))
-    branches = {}
-    for branch, nodes in (("then_branch", _step_nodes), ("else_branch", _scan_nodes)):
-        inner = BodyBuilder(branch[:4])
-        branches[branch] = inner.graph(branch, [], [_tensor(n, 3) for n in nodes(inner)])
-    y, state = g.multi("If", is_step, outs=2, **branches)
-    return y, state
+    return g.by_length("u", (3, 3), _step_nodes, _scan_nodes)
 
 
-def _body(nodes: _Nodes, opset: int) -> onnx.FunctionProto:
-    g = BodyBuilder("selective_scan")
-    y, state = nodes(g)
-    g.op("Identity", y, out=_OUTPUTS[0])
-    g.op("Identity", state, out=_OUTPUTS[1])
-    return g.function("selective_scan", _INPUTS, _OUTPUTS, opset)
-
+_body = partial(function_of, "selective_scan", _INPUTS, _OUTPUTS)
 
 SPEC = OpSpec(
     name="selective_scan",
@@ -92,12 +73,10 @@ SPEC = OpSpec(
     outputs=_OUTPUTS,
     bodies={
         "auto": Body(
-            lambda opset: _body(_auto_nodes, opset),
+            _body(_auto_nodes),
             "one graph for both uses: the step body at T = 1, a Scan for prefill",
         ),
-        "step": Body(lambda opset: _body(_step_nodes, opset), "static T = 1 graphs: no loop and no branch"),
-        "scan": Body(
-            lambda opset: _body(_scan_nodes, opset), "any T: one loop step a token, long rows inside"
-        ),
+        "step": Body(_body(_step_nodes), "static T = 1 graphs: no loop and no branch"),
+        "scan": Body(_body(_scan_nodes), "any T: one loop step a token, long rows inside"),
     },
 )

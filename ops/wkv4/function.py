@@ -6,23 +6,17 @@ There is no chunked body: the rule is elementwise, so chunks would save no produ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
-import onnx
 
 from xexport.core.op import Body, OpSpec
-from xexport.ops.builder import BodyBuilder
+from xexport.ops.builder import BodyBuilder, function_of, tensor
 
 __all__ = ["SPEC"]
 
 _INPUTS = ("w", "u", "k", "v", "aa", "bb", "pp")
 _OUTPUTS = ("y", "new_aa", "new_bb", "new_pp")
-_Nodes = Callable[[BodyBuilder], list[str]]
-
-
-def _tensor(name: str, rank: int) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank)
 
 
 def _joined(g: BodyBuilder, v: str, old: tuple[str, str, str], exponent: str) -> list[str]:
@@ -60,41 +54,26 @@ def _scan_nodes(g: BodyBuilder) -> list[str]:
     ranks = [1, *[2] * 6]
     graph = body.graph(
         "wkv4_token",
-        [_tensor(n, r) for n, r in zip(names, ranks, strict=True)],
-        [_tensor(body.op("Identity", w), 1), *(_tensor(n, 2) for n in (*new, y))],
+        [tensor(n, r) for n, r in zip(names, ranks, strict=True)],
+        [tensor(body.op("Identity", w), 1), *(tensor(n, 2) for n in (*new, y))],
     )
     outs = g.multi("Scan", "w", "aa", "bb", "pp", k, v, bonus, outs=5, body=graph, num_scan_inputs=3)
     return [g.op("Transpose", outs[4], perm=[1, 0, 2]), *outs[1:4]]
 
 
-def _branch(nodes: _Nodes, name: str) -> onnx.GraphProto:
-    g = BodyBuilder(f"wkv4_{name}")
-    y, *new = nodes(g)
-    return g.graph(name, [], [_tensor(y, 3), *(_tensor(n, 2) for n in new)])
-
-
 def _auto_nodes(g: BodyBuilder) -> list[str]:
-    is_step = g.op("Equal", g.op("Shape", "k", start=1, end=2), g.ints(1))
-    step, scan = _branch(_step_nodes, "step"), _branch(_scan_nodes, "scan")
-    return g.multi("If", is_step, outs=4, then_branch=step, else_branch=scan)
+    return g.by_length("k", (3, 2, 2, 2), _step_nodes, _scan_nodes, ("step", "scan"))
 
 
-def _body(nodes: _Nodes, opset: int) -> onnx.FunctionProto:
-    g = BodyBuilder("wkv4")
-    for value, name in zip(nodes(g), _OUTPUTS, strict=True):
-        g.op("Identity", value, out=name)
-    return g.function("wkv4", _INPUTS, _OUTPUTS, opset)
-
+_body = partial(function_of, "wkv4", _INPUTS, _OUTPUTS)
 
 SPEC = OpSpec(
     name="wkv4",
     inputs=_INPUTS,
     outputs=_OUTPUTS,
     bodies={
-        "auto": Body(
-            lambda opset: _body(_auto_nodes, opset), "one graph for every T: the step body at 1, else a Scan"
-        ),
-        "step": Body(lambda opset: _body(_step_nodes, opset), "static T = 1 graphs: no loop and no branch"),
-        "scan": Body(lambda opset: _body(_scan_nodes, opset), "any T: one loop step a token"),
+        "auto": Body(_body(_auto_nodes), "one graph for every T: the step body at 1, else a Scan"),
+        "step": Body(_body(_step_nodes), "static T = 1 graphs: no loop and no branch"),
+        "scan": Body(_body(_scan_nodes), "any T: one loop step a token"),
     },
 )

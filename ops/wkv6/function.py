@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
-import onnx
 
 from xexport.core.op import Body, OpSpec
-from xexport.ops.builder import BodyBuilder
+from xexport.ops.builder import BodyBuilder, function_of, tensor
 
 __all__ = ["SPEC"]
 
 _INPUTS = ("r", "w", "k", "v", "u", "state")
 _OUTPUTS = ("y", "new_state")
-_Nodes = Callable[[BodyBuilder], tuple[str, str]]
-
-
-def _tensor(name: str, rank: int) -> onnx.ValueInfoProto:
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank)
 
 
 def _bonus(g: BodyBuilder) -> str:
@@ -58,43 +52,28 @@ def _scan_nodes(g: BodyBuilder) -> tuple[str, str]:
     read = body.op("MatMul", r, s_in)
     s_out = body.op("Add", body.op("Mul", w, s_in), body.op("Mul", k, v))
     graph = body.graph(
-        "wkv6_token", [_tensor(n, 4) for n in (s_in, r, w, k, v)], [_tensor(n, 4) for n in (s_out, read)]
+        "wkv6_token", [tensor(n, 4) for n in (s_in, r, w, k, v)], [tensor(n, 4) for n in (s_out, read)]
     )
     state, rows = g.multi("Scan", "state", *sequences, outs=2, body=graph, num_scan_inputs=4)
     read = g.op("Transpose", g.op("Squeeze", rows, row_axis), perm=[1, 0, 2, 3])
     return g.op("Add", read, _bonus(g)), state
 
 
-def _branch(nodes: _Nodes, name: str) -> onnx.GraphProto:
-    g = BodyBuilder(f"wkv6_{name}")
-    return g.graph(name, [], [_tensor(n, 4) for n in nodes(g)])
+def _auto_nodes(g: BodyBuilder) -> list[str]:
+    return g.by_length("k", (4, 4), _step_nodes, _scan_nodes, ("step", "scan"))
 
 
-def _auto_nodes(g: BodyBuilder) -> tuple[str, str]:
-    is_step = g.op("Equal", g.op("Shape", "k", start=1, end=2), g.ints(1))
-    step, scan = _branch(_step_nodes, "step"), _branch(_scan_nodes, "scan")
-    y, state = g.multi("If", is_step, outs=2, then_branch=step, else_branch=scan)
-    return y, state
-
-
-def _body(nodes: _Nodes, opset: int) -> onnx.FunctionProto:
-    g = BodyBuilder("wkv6")
-    for value, name in zip(nodes(g), _OUTPUTS, strict=True):
-        g.op("Identity", value, out=name)
-    return g.function("wkv6", _INPUTS, _OUTPUTS, opset)
-
+_body = partial(function_of, "wkv6", _INPUTS, _OUTPUTS)
 
 SPEC = OpSpec(
     name="wkv6",
     inputs=_INPUTS,
     outputs=_OUTPUTS,
     bodies={
-        "auto": Body(
-            lambda opset: _body(_auto_nodes, opset), "one graph for every T: the step body at 1, else a Scan"
-        ),
-        "step": Body(lambda opset: _body(_step_nodes, opset), "static T = 1 graphs: no loop and no branch"),
+        "auto": Body(_body(_auto_nodes), "one graph for every T: the step body at 1, else a Scan"),
+        "step": Body(_body(_step_nodes), "static T = 1 graphs: no loop and no branch"),
         "scan": Body(
-            lambda opset: _body(_scan_nodes, opset),
+            _body(_scan_nodes),
             "any T and any decay: one loop step a token, what needs no state outside of it",
         ),
     },

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import onnx
 
 from xexport.core.op import Body, OpSpec
-from xexport.ops.builder import BodyBuilder
+from xexport.ops.builder import BodyBuilder, function_of, tensor
 
 __all__ = ["SPEC"]
 
@@ -16,12 +16,6 @@ _INPUTS = ("r", "w", "k", "v", "a", "b", "state")
 _OUTPUTS = ("y", "new_state")
 _CHUNK = 16
 _SHORT = 8
-_Nodes = Callable[[BodyBuilder], tuple[str, str]]
-
-
-def _tensor(name: str, rank: int) -> onnx.ValueInfoProto:
-    """Typed and ranked, as OpenVINO wants the interface of a Scan body."""
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * rank)
 
 
 def _step_nodes(g: BodyBuilder) -> tuple[str, str]:
@@ -58,7 +52,7 @@ def _scan_nodes(g: BodyBuilder) -> tuple[str, str]:
     s_out = body.op("Add", body.op("Mul", s_in, w), body.op("MatMul", left, bk))
     y_t = body.op("MatMul", s_out, r)
     graph = body.graph(
-        "wkv7_token", [_tensor(n, 4) for n in (s_in, w, a, v, bk, r)], [_tensor(n, 4) for n in (s_out, y_t)]
+        "wkv7_token", [tensor(n, 4) for n in (s_in, w, a, v, bk, r)], [tensor(n, 4) for n in (s_out, y_t)]
     )
     state, rows = g.multi("Scan", "state", *sequences, outs=2, body=graph, num_scan_inputs=5)
     y = g.op("Transpose", g.op("Squeeze", rows, last), perm=[1, 0, 2, 3])
@@ -116,7 +110,7 @@ def _chunk_loop() -> onnx.GraphProto:
     written = g.op("MatMul", g.op("Transpose", keys, perm=[0, 1, 3, 2]), rows)
     old = g.op("MatMul", r_hat, z)
     z_out = g.op("Add", g.op("Mul", z, kept), written)
-    return g.graph("wkv7_chunk", [_tensor(n, 4) for n in names], [_tensor(n, 4) for n in (z_out, rows, old)])
+    return g.graph("wkv7_chunk", [tensor(n, 4) for n in names], [tensor(n, 4) for n in (z_out, rows, old)])
 
 
 def _unit_lower_inverse(g: BodyBuilder, strict: str, size: int) -> str:
@@ -138,34 +132,18 @@ def _unit_lower_inverse(g: BodyBuilder, strict: str, size: int) -> str:
     return inverse
 
 
-def _branch(nodes: _Nodes, name: str) -> onnx.GraphProto:
-    g = BodyBuilder(f"wkv7_{name}")
-    return g.graph(name, [], [_tensor(n, 4) for n in nodes(g)])
-
-
-def _prefill_nodes(g: BodyBuilder) -> tuple[str, str]:
+def _prefill_nodes(g: BodyBuilder) -> list[str]:
     """A padded chunk costs as much as about 8 Scan steps, so shorter pieces go through the Scan."""
     is_short = g.op("Less", g.op("Shape", "r", start=1, end=2), g.ints(_SHORT))
-    short, long = _branch(_scan_nodes, "short"), _branch(_chunk_nodes, "long")
-    y, state = g.multi("If", is_short, outs=2, then_branch=short, else_branch=long)
-    return y, state
+    return g.choose(is_short, (4, 4), _scan_nodes, _chunk_nodes, ("short", "long"))
 
 
-def _auto_nodes(g: BodyBuilder) -> tuple[str, str]:
+def _auto_nodes(g: BodyBuilder) -> list[str]:
     """If T is 1 the step, else a Scan or chunks."""
-    is_step = g.op("Equal", g.op("Shape", "r", start=1, end=2), g.ints(1))
-    step, prefill = _branch(_step_nodes, "step"), _branch(_prefill_nodes, "prefill")
-    y, state = g.multi("If", is_step, outs=2, then_branch=step, else_branch=prefill)
-    return y, state
+    return g.by_length("r", (4, 4), _step_nodes, _prefill_nodes, ("step", "prefill"))
 
 
-def _body(nodes: _Nodes, opset: int) -> onnx.FunctionProto:
-    g = BodyBuilder("wkv7")
-    y, state = nodes(g)
-    g.op("Identity", y, out=_OUTPUTS[0])
-    g.op("Identity", state, out=_OUTPUTS[1])
-    return g.function("wkv7", _INPUTS, _OUTPUTS, opset)
-
+_body = partial(function_of, "wkv7", _INPUTS, _OUTPUTS)
 
 SPEC = OpSpec(
     name="wkv7",
@@ -173,19 +151,19 @@ SPEC = OpSpec(
     outputs=_OUTPUTS,
     bodies={
         "auto": Body(
-            lambda opset: _body(_auto_nodes, opset),
+            _body(_auto_nodes),
             "one graph for every T: the step body at 1, a Scan below 8, chunks of 16 tokens beyond",
         ),
         "step": Body(
-            lambda opset: _body(_step_nodes, opset),
+            _body(_step_nodes),
             "static T = 1 graphs: no loop and no branch, both outer products in one MatMul",
         ),
         "chunked": Body(
-            lambda opset: _body(_chunk_nodes, opset),
+            _body(_chunk_nodes),
             "prefill as matrix products (UT transform, 16 tokens a loop step): fastest body for long T",
         ),
         "scan": Body(
-            lambda opset: _body(_scan_nodes, opset),
+            _body(_scan_nodes),
             "any T, any decay in (0, 1), least memory: one loop step a token",
         ),
     },
