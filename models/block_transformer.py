@@ -45,6 +45,7 @@ from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState
+from xexport.models._fill import fill
 from xexport.models._patches import Everything, InPatch, Place, Slots, Span, recent
 from xexport.models._rotary import turns_of
 
@@ -295,22 +296,12 @@ def _init(module: nn.Module, seed: int) -> None:
     sqrt(2 * layers); the head starts small.
     """
     assert isinstance(module, BlockTransformer)
-    c, rng = module.config, torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim < 2:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = p.shape[1] ** -0.5
-            if name.endswith((".dense.weight", "4h_to_h.weight")):
-                std *= (2 * (c.layers if name.startswith("block") else c.token_layers)) ** -0.5
-            elif "embed_out" in name:
-                std *= 0.25
-            elif "embed" in name:
-                std = 0.5
-            p.copy_(torch.randn(p.shape, generator=rng) * std)
-        for name, table in _tables(c).items():
-            module.get_buffer(name).copy_(table)
+    c = module.config
+    layers = {"block": c.layers, "token": c.token_layers}
+    writes = {f"{m}*{end}": n for m, n in layers.items() for end in (".dense.weight", "4h_to_h.weight")}
+    fill(module, seed, writes=writes, small=["*embed_out*"], fixed={"*embed*": 0.5})
+    for name, table in _tables(c).items():
+        module.get_buffer(name).copy_(table)
 
 
 def _from_training(config: BlockTransformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import layer_states
 from xexport.models._conformer import Block, Places, Subsampling, position_table, projected_table
+from xexport.models._fill import fill_by_training
 from xexport.models._own import load_own
 
 __all__ = ["FAMILY", "Conformer", "ConformerConfig", "ConformerTraining", "StreamingConformer"]
@@ -281,10 +282,7 @@ def _init(module: nn.Module, seed: int) -> None:
     """Fill either form, or the training form: PyTorch's default bounds, branches smaller by the depth."""
     assert isinstance(module, _Encoder)
     if not isinstance(module, ConformerTraining):
-        trained = ConformerTraining(module.config)
-        _init(trained, seed)
-        module.load_state_dict(_from_training(module.config, trained.state_dict()))
-        return
+        return fill_by_training(FAMILY, module, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         value = torch.empty(p.shape)

@@ -41,6 +41,7 @@ from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState, layer_states
+from xexport.models._fill import fill, fill_by_training
 from xexport.models._own import load_own
 
 __all__ = ["FAMILY", "Gtrxl", "GtrxlConfig", "GtrxlTraining"]
@@ -247,19 +248,9 @@ def _init(module: nn.Module, seed: int) -> None:
     """Fill a GTrXL (either form) with weights to train from: the variance 1/fan_in, b_g as configured."""
     assert isinstance(module, Gtrxl)
     if not isinstance(module, GtrxlTraining):
-        train = GtrxlTraining(module.config)
-        _init(train, seed)
-        module.load_state_dict(_from_training(module.config, train.state_dict()))
-        return
-    c, rng = module.config, torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim < 2:
-                gate, ones = name.endswith("gate.bias"), name.endswith("norm.weight")
-                p.fill_(c.gate_bias if gate else 1.0 if ones else 0.0)
-                continue
-            std = 0.5 if name == "embed.weight" else p.shape[1] ** -0.5
-            p.copy_(torch.randn(p.shape, generator=rng) * (std * 0.25 if name == "head.weight" else std))
+        return fill_by_training(FAMILY, module, seed)
+    vectors = {"*gate.bias": module.config.gate_bias, "*norm.weight": 1.0, "*": 0.0}
+    fill(module, seed, writes={}, vectors=vectors)
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:

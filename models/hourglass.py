@@ -46,6 +46,7 @@ from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState
+from xexport.models._fill import fill
 from xexport.models._patches import Everything, Place, Span, recent
 
 __all__ = ["FAMILY", "Hourglass", "HourglassConfig", "HourglassTrain"]
@@ -312,21 +313,9 @@ def _init(module: nn.Module, seed: int) -> None:
     by sqrt(2 * layers); the head starts small.
     """
     assert isinstance(module, Hourglass)
-    c, rng = module.config, torch.Generator().manual_seed(seed)
-    depth = (2 * (sum(c.pre) + sum(c.post) + c.valley)) ** -0.5
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim < 2:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = p.shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "fc2.weight")):
-                std *= depth
-            elif name in ("embed.weight", "places.weight"):
-                std = 0.5
-            elif name == "head.weight":
-                std *= 0.25
-            p.copy_(torch.randn(p.shape, generator=rng) * std)
+    c = module.config
+    writes = dict.fromkeys(("*o_proj.weight", "*fc2.weight"), sum(c.pre) + sum(c.post) + c.valley)
+    fill(module, seed, writes=writes, fixed={"embed.weight": 0.5, "places.weight": 0.5})
 
 
 _KNOWN = "transformer.pre_transformer.layers.0.0.fn.to_q.weight"

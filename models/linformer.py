@@ -39,6 +39,7 @@ from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._fill import fill
 from xexport.models._own import load_own
 
 __all__ = ["FAMILY", "Linformer", "LinformerConfig", "LinformerTrain"]
@@ -188,22 +189,8 @@ def _init(module: nn.Module, seed: int) -> None:
     writes to the residual stream is smaller by sqrt(2 * layers); the head starts small.
     """
     assert isinstance(module, Linformer)
-    c, rng = module.config, torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim < 2:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = p.shape[-1] ** -0.5
-            if name.endswith(("o_proj.weight", "fc2.weight")):
-                std *= (2 * c.layers) ** -0.5
-            elif name == "embed.weight":
-                std = 0.5
-            elif name == "positions":
-                std = 0.1
-            elif name == "head.weight":
-                std *= 0.25
-            p.copy_(torch.randn(p.shape, generator=rng) * std)
+    writes = dict.fromkeys(("*o_proj.weight", "*fc2.weight"), module.config.layers)
+    fill(module, seed, writes=writes, fixed={"embed.weight": 0.5, "positions": 0.1})
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:

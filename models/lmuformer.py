@@ -54,6 +54,7 @@ from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState
+from xexport.models._fill import fill_by_training
 from xexport.models._own import load_own
 
 __all__ = ["FAMILY", "LmuFormer", "LmuFormerConfig", "LmuFormerTraining", "legendre"]
@@ -393,10 +394,7 @@ def _init(module: nn.Module, seed: int) -> None:
     """
     assert isinstance(module, LmuFormer)
     if not isinstance(module, LmuFormerTraining):
-        train = LmuFormerTraining(module.config)
-        _init(train, seed)
-        module.load_state_dict(_from_training(module.config, train.state_dict()))
-        return
+        return fill_by_training(FAMILY, module, seed)
     c, rng = module.config, torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         if p.ndim < 2:

@@ -48,6 +48,7 @@ from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, re
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._fill import fill
 from xexport.models._rotary import rope_angles, rotate_pairs, turns_of
 from xexport.ops.dilated_attention.parallel import dilated_parallel
 from xexport.ops.dilated_attention.reference import cache_rows, dilated_attention
@@ -339,24 +340,15 @@ def _init(module: nn.Module, seed: int) -> None:
     """
     assert isinstance(module, LongNet)
     c = module.config
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim < 2:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = p.shape[1] ** -0.5
-            if name.endswith(("out_proj.weight", "fc2.weight")):
-                std *= (2 * c.layers) ** -0.5
-            elif name == "embed_positions.weight":
-                std = 0.1
-            elif name == "embed_tokens.weight":
-                std = std * 0.25 if c.tied else 0.5 * (c.width**-0.5 if c.scale_embedding else 1.0)
-            elif name == "output_projection.weight":
-                std *= 0.25
-            p.copy_(torch.randn(p.shape, generator=rng) * std)
-        for name, table in _tables(c).items():
-            module.get_buffer(name).copy_(table)
+    fixed, small = {"embed_positions.weight": 0.1}, ["output_projection.weight"]
+    if c.tied:
+        small.append("embed_tokens.weight")
+    else:
+        fixed["embed_tokens.weight"] = 0.5 * (c.width**-0.5 if c.scale_embedding else 1.0)
+    writes = dict.fromkeys(("*out_proj.weight", "*fc2.weight"), c.layers)
+    fill(module, seed, writes=writes, small=small, fixed=fixed)
+    for name, table in _tables(c).items():
+        module.get_buffer(name).copy_(table)
 
 
 def _from_training(config: LongNetConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState, RMSNorm
+from xexport.models._fill import fill
 from xexport.models._patches import Everything, InPatch, Place, Slots, Span, recent
 from xexport.models._rotary import turns_of
 
@@ -331,22 +332,14 @@ def _init(module: nn.Module, seed: int) -> None:
     sqrt(2 * layers); the head starts small, and where it is the local embedding both do.
     """
     assert isinstance(module, MegaByte)
-    c, rng = module.config, torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim < 2 and "start" not in name:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = p.shape[-1] ** -0.5
-            if name.endswith(("o_proj.weight", "fc2.weight")):
-                std *= (2 * (c.local_layers if name.startswith("local") else c.layers)) ** -0.5
-            elif name == "head.weight" or (name == "embed.weight" and module.head is None):
-                std *= 0.25
-            elif "embed" in name or "start" in name or "places" in name:
-                std = 0.5
-            p.copy_(torch.randn(p.shape, generator=rng) * std)
-        for name, table in _tables(c).items():
-            module.get_buffer(name).copy_(table)
+    c, ends = module.config, ("*o_proj.weight", "*fc2.weight")
+    writes = dict.fromkeys((f"local{end}" for end in ends), c.local_layers) | dict.fromkeys(ends, c.layers)
+    small = ["head.weight", *(["embed.weight"] if module.head is None else [])]
+    fill(
+        module, seed, writes=writes, small=small, fixed=dict.fromkeys(("*embed*", "*start*", "*places*"), 0.5)
+    )
+    for name, table in _tables(c).items():
+        module.get_buffer(name).copy_(table)
 
 
 def _from_training(config: MegaByteConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, re
 from xexport.core.errors import CheckpointError, InputError, LimitError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._fill import fill_by_training
 from xexport.models._implicit import FilterSizes, ImplicitFilter, published_filters
 from xexport.models._monarch import GatedBlocks, split_weight
 from xexport.ops.causal_conv1d.reference import causal_conv1d
@@ -241,10 +242,7 @@ def _init(module: nn.Module, seed: int) -> None:
     """
     assert isinstance(module, MonarchMixer)
     if not isinstance(module, MonarchMixerTrain):
-        train = MonarchMixerTrain(module.config)
-        _init(train, seed)
-        module.load_state_dict(_from_training(module.config, train.state_dict()))
-        return
+        return fill_by_training(FAMILY, module, seed)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():

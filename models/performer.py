@@ -45,6 +45,7 @@ from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._fill import fill
 from xexport.models._own import load_own
 from xexport.models._rotary import rope_angles, rotate, turns_of
 from xexport.ops.linear_attention.parallel import gated_parallel
@@ -276,23 +277,11 @@ def _init(module: nn.Module, seed: int) -> None:
     by sqrt(2 * layers); the head starts small.
     """
     assert isinstance(module, Performer)
-    c, rng = module.config, torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim < 2:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = p.shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "fc2.weight")):
-                std *= (2 * c.layers) ** -0.5
-            elif name == "embed.weight":
-                std = 0.5
-            elif name == "head.weight":
-                std *= 0.25
-            p.copy_(torch.randn(p.shape, generator=rng) * std)
-        for block in module.blocks():
-            block.attention.directions.copy_(_directions(c.count, c.size, rng))
-        module.turns.copy_(_table(c)["turns"])
+    c = module.config
+    rng = fill(module, seed, writes=dict.fromkeys(("*o_proj.weight", "*fc2.weight"), c.layers))
+    for block in module.blocks():
+        block.attention.directions.copy_(_directions(c.count, c.size, rng))
+    module.turns.copy_(_table(c)["turns"])
 
 
 def _from_training(config: PerformerConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

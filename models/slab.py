@@ -41,6 +41,7 @@ from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import layer_states
+from xexport.models._fill import fill, fill_by_training
 from xexport.models._own import load_own
 from xexport.models._rotary import rope_angles, rotate, turns_of
 from xexport.ops.causal_conv1d.reference import causal_conv1d
@@ -306,25 +307,10 @@ def _init(module: nn.Module, seed: int) -> None:
     """
     assert isinstance(module, Slab)
     if not isinstance(module, SlabTraining):
-        train = SlabTraining(module.config)
-        _init(train, seed)
-        module.load_state_dict(_from_training(module.config, train.state_dict()))
-        return
-    c, rng = module.config, torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        if p.ndim < 2:
-            p.fill_(0.0 if name.endswith("bias") else 1.0)
-            continue
-        std = p.shape[1] ** -0.5
-        if name.endswith("conv_weight"):
-            std = c.taps**-0.5
-        elif name.endswith(("o_proj.weight", "down_proj.weight")):
-            std *= (2 * c.layers) ** -0.5
-        elif name == "embed.weight":
-            std = 0.5
-        elif name == "head.weight":
-            std *= 0.25
-        p.copy_(torch.randn(p.shape, generator=rng) * std)
+        return fill_by_training(FAMILY, module, seed)
+    c = module.config
+    writes = dict.fromkeys(("*o_proj.weight", "*down_proj.weight"), c.layers)
+    fill(module, seed, writes=writes, fixed={"embed.weight": 0.5, "*conv_weight": c.taps**-0.5})
     for name, b in module.named_buffers():
         if name != "turns":
             b.fill_(1 if name.endswith("var") else 0)
