@@ -17,7 +17,7 @@ from xexport.evaluate.fidelity import fidelity_row, scored_bytes
 from xexport.evaluate.metrics import TokenMetrics
 from xexport.evaluate.streaming import notes_of, prepare, stream_compared
 
-__all__ = ["compare_and_drift", "drift", "state_errors", "window_stops"]
+__all__ = ["compare_and_drift", "state_errors", "window_stops"]
 
 
 def window_stops(total: int, windows: int, spacing: str = "log") -> list[int]:
@@ -30,33 +30,6 @@ def window_stops(total: int, windows: int, spacing: str = "log") -> list[int]:
     else:
         ends = np.linspace(0, total, windows + 1)[1:]
     return sorted({max(1, round(float(e))) for e in ends} | {total})
-
-
-def drift(
-    reference: Runner,
-    candidates: Mapping[str, Runner],
-    tokens: Sequence[int] | Any,
-    *,
-    setup: Setup,
-    chunk: int = 256,
-    windows: int = 16,
-    spacing: str = "log",
-    reference_name: str = "torch",
-    progress: Progress | None = None,
-) -> dict[str, Drift]:
-    """The drift alone of :func:`compare_and_drift`."""
-    _, rows = compare_and_drift(
-        reference,
-        candidates,
-        tokens,
-        setup=setup,
-        chunk=chunk,
-        windows=windows,
-        spacing=spacing,
-        reference_name=reference_name,
-        progress=progress,
-    )
-    return rows
 
 
 def compare_and_drift(

@@ -36,7 +36,7 @@ from xexport.core.records import (
 )
 from xexport.core.results import append_records
 from xexport.evaluate.chunks import chunk_law
-from xexport.evaluate.drift import drift
+from xexport.evaluate.drift import compare_and_drift
 from xexport.evaluate.fidelity import compare
 from xexport.report.entries import compared_latency, fidelity_of, latency_of, read_entry
 from xexport.report.format import bytes_text, figure, plus_minus
@@ -90,7 +90,7 @@ def make_records(
     ops = tuple(OpTime(op, "CPUExecutionProvider", 2, 20, 5000) for op in ("MatMul", "Mul"))
     return [
         *compare(fake(), runners, TEXT, setup=setup).values(),
-        *drift(fake(), runners, TEXT, setup=setup).values(),
+        *compare_and_drift(fake(), runners, TEXT, setup=setup)[1].values(),
         chunk_law(fake(), TEXT[:40], setup=setup),
         latency_row(setup, "torch", torch_ms),
         latency_row(setup, "onnx", 2.0),
