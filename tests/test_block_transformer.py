@@ -1,4 +1,4 @@
-"""Block Transformer: transformers' GPT-NeoX put together as the authors do, chunk law, exports."""
+"""Block Transformer: transformers' GPT-NeoX put together as the authors do."""
 
 from __future__ import annotations
 

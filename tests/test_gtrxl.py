@@ -1,4 +1,4 @@
-"""GTrXL: another implementation (golden tensors), the equations, the chunk law, exports, refusals."""
+"""GTrXL: another implementation (golden tensors), the equations, the memory, refusals."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import torch
 from chunk_form import (
-    TARGETS,
-    check_cuts,
-    check_export,
     check_gradients,
     check_init,
     check_own_file,
@@ -21,12 +18,9 @@ from chunk_form import (
     error,
     new_state,
     operators,
-    random_model,
     role,
     trained,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tolerances import TOLERANCES
 from torch import Tensor
 
@@ -124,16 +118,6 @@ def test_another_implementation() -> None:
     assert error(got, golden["out"]) < TOLERANCES["oracle_fp32"]
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    lengths=st.lists(st.integers(1, 23), min_size=1, max_size=4),
-    seed=st.integers(0, 50),
-)
-def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int], seed: int) -> None:
-    check_cuts(random_model(FAMILY, TINY, seed), batch, lengths)
-
-
 def test_training_form_is_the_chunk_form_from_the_first_state() -> None:
     module = trained(FAMILY, TINY)
     made, tokens = chunk_form(FAMILY, module), torch.randint(0, 29, (2, 37))
@@ -160,11 +144,6 @@ def test_a_token_beyond_the_memory_has_no_effect() -> None:
 
 def test_export_has_dynamic_axes_and_no_loop() -> None:
     assert not any("scan" in name or "while" in name for name in operators(FAMILY, TINY))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
-    check_export(exporter, "gtrxl", target)
 
 
 def test_own_checkpoint_loads(tmp_path: Path) -> None:

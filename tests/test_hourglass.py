@@ -1,4 +1,4 @@
-"""Hourglass: hourglass-transformer-pytorch, the chunk law at every alignment, exports, the bound."""
+"""Hourglass: hourglass-transformer-pytorch, the bound, refusals."""
 
 from __future__ import annotations
 

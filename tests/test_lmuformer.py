@@ -1,4 +1,4 @@
-"""LMUFormer: the authors' own code (golden tensors), the recurrence it stands for, the chunk law, exports."""
+"""LMUFormer: the authors' own code (golden tensors), the recurrence it stands for."""
 
 from __future__ import annotations
 
@@ -9,21 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chunk_form import (
-    TARGETS,
-    check_cuts,
-    check_export,
-    check_init,
-    check_own_file,
-    chunk_form,
-    error,
-    new_state,
-    operators,
-    random_model,
-    role,
-)
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from chunk_form import check_init, check_own_file, chunk_form, error, new_state, operators, role
 from tolerances import TOLERANCES
 from torch import Tensor
 
@@ -128,16 +114,6 @@ def test_windows_are_the_recurrence(order: int, theta: int) -> None:
     assert error(got, torch.stack(rows).float()) < TOLERANCES["op_fp32"]
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    lengths=st.lists(st.integers(1, 29), min_size=1, max_size=4),
-    seed=st.integers(0, 50),
-)
-def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int], seed: int) -> None:
-    check_cuts(random_model(FAMILY, TINY, seed), batch, lengths)
-
-
 def test_training_form_is_the_chunk_form_from_the_first_state() -> None:
     module = trained()
     made, tokens = chunk_form(FAMILY, module), torch.randint(0, 29, (2, 37))
@@ -154,11 +130,6 @@ def test_every_parameter_gets_a_gradient_and_init_depends_on_the_seed_alone() ->
 
 def test_export_has_dynamic_axes_and_no_loop() -> None:
     assert not any("scan" in name or "while" in name for name in operators(FAMILY, TINY))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
-    check_export(exporter, "lmuformer", target)
 
 
 def test_own_checkpoint_loads(tmp_path: Path) -> None:

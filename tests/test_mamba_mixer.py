@@ -1,4 +1,4 @@
-"""MambaMixer: the papers' formulas in double precision, the chunk law, exports, refusals."""
+"""MambaMixer: the papers' formulas in double precision, refusals."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 from chunk_form import (
-    TARGETS,
-    check_cuts,
-    check_export,
     check_gradients,
     check_init,
     check_own_file,
@@ -23,8 +20,6 @@ from chunk_form import (
     random_model,
     role,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tolerances import TOLERANCES
 from torch import Tensor
 
@@ -112,16 +107,6 @@ def test_formulas_of_the_papers(config: MambaMixerConfig) -> None:
     assert error(got, by_formulas(module, tokens[0])) < TOLERANCES["oracle_fp32"]
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=4),
-    seed=st.integers(0, 50),
-)
-def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int], seed: int) -> None:
-    check_cuts(random_model(FAMILY, TINY, seed), batch, lengths)
-
-
 def test_training_form_is_the_chunk_form_from_the_first_state() -> None:
     check_training_form(FAMILY, TINY)
 
@@ -144,11 +129,6 @@ def test_channels_are_mixed_both_ways_and_tokens_are_not() -> None:
 
 def test_export_is_three_scans_a_layer() -> None:
     assert operators(FAMILY, TINY).count("xexport.selective_scan.default") == 3 * TINY.layers
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
-    check_export(exporter, "mamba_mixer", target)
 
 
 def test_own_checkpoint_loads(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""MegaByte: the paper's equations, MEGABYTE-pytorch, the chunk law at every alignment, exports, the bound."""
+"""MegaByte: the paper's equations, MEGABYTE-pytorch, a batch in their style, the bound."""
 
 from __future__ import annotations
 

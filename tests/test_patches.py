@@ -1,4 +1,4 @@
-"""Models that read patches (models/_patches.py): the chunk law at every alignment, exports, the bound."""
+"""Models that read patches (models/_patches.py): training forms, files of our own, the bound."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import (
-    check_cuts,
-    check_export,
-    check_gradients,
-    check_init,
-    check_own_file,
-    check_training_form,
-    random_model,
-)
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from chunk_form import check_gradients, check_init, check_own_file, check_training_form, random_model
 from safetensors.torch import save_file
 
 import xexport
@@ -30,22 +20,6 @@ VARIANTS = [(f, v) for f in TITLES for v in get_family(f).presets if v.startswit
 each_family = pytest.mark.parametrize("name", TITLES)
 
 
-@each_family
-@settings(max_examples=15, deadline=None)
-@given(
-    data=st.data(),
-    batch=st.integers(1, 3),
-    lengths=st.lists(st.integers(1, 13), min_size=1, max_size=5),
-    seed=st.integers(0, 50),
-)
-def test_any_cut_gives_the_same_logits_and_state(
-    name: str, data: st.DataObject, batch: int, lengths: list[int], seed: int
-) -> None:
-    family = get_family(name)
-    variant = data.draw(st.sampled_from([v for f, v in VARIANTS if f == name]))
-    check_cuts(random_model(family, family.presets[variant], seed), batch, lengths)
-
-
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_training_form_is_the_chunk_form_from_the_first_state(name: str, variant: str) -> None:
     family = get_family(name)
@@ -56,12 +30,6 @@ def test_training_form_is_the_chunk_form_from_the_first_state(name: str, variant
 @each_family
 def test_init_depends_on_the_seed_alone(name: str) -> None:
     check_init(get_family(name), get_family(name).presets["tiny"])
-
-
-@each_family
-@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
-def test_bundle_is_pytorch(exporter: Any, name: str, target: str) -> None:
-    check_export(exporter, name, target)
 
 
 @each_family

@@ -1,4 +1,4 @@
-"""SLAB: the papers' formulas in double precision, folded norms, the chunk law, exports, refusals."""
+"""SLAB: the papers' formulas in double precision, folded norms, refusals."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 from chunk_form import (
-    TARGETS,
-    check_cuts,
-    check_export,
     check_init,
     check_own_file,
     chunk_form,
@@ -20,12 +17,9 @@ from chunk_form import (
     error,
     new_state,
     operators,
-    random_model,
     role,
     trained,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -109,16 +103,6 @@ def test_the_chunk_form_has_no_norm_and_is_the_training_form_in_eval_mode() -> N
     assert error(module(tokens), made(tokens, *new_state(made, 2))[0]) < TOLERANCES["model_fp32"]
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    batch=st.integers(1, 3),
-    lengths=st.lists(st.integers(1, 23), min_size=1, max_size=4),
-    seed=st.integers(0, 50),
-)
-def test_any_cut_gives_the_same_logits_and_state(batch: int, lengths: list[int], seed: int) -> None:
-    check_cuts(random_model(FAMILY, TINY, seed), batch, lengths)
-
-
 def test_a_norm_goes_from_rms_norm_to_repbn() -> None:
     """Section 3.2, with the statistics of the batch, at the first step, half way and at the end."""
     module = settled()
@@ -172,11 +156,6 @@ def test_export_is_one_operator_a_layer_and_no_norm() -> None:
     assert names.count("xexport.linear_attention.default") == TINY.layers
     assert names.count("xexport.causal_conv1d.default") == TINY.layers
     assert not any("norm" in name for name in names)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_bundle_is_pytorch(exporter: Any, target: str) -> None:
-    check_export(exporter, "slab", target)
 
 
 def test_own_checkpoint_loads_and_says_if_norms_were_left(tmp_path: Path) -> None:
