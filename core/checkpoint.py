@@ -27,6 +27,7 @@ __all__ = [
     "own_config",
     "require_keys",
     "require_own_config",
+    "unreadable",
 ]
 
 ConfigT = TypeVar("ConfigT")
@@ -171,13 +172,18 @@ def require_own_config(
     """
     found = own_config(raw, family, config)
     if found is None:
-        raise CheckpointError(
-            f"this is not {title} checkpoint that can be read",
-            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="a safetensors file from xexport's own training",
-            fix=fix or None,
-        )
+        raise unreadable(raw, title, "a safetensors file from xexport's own training", fix)
     return found
+
+
+def unreadable(raw: RawCheckpoint, title: str, allowed: str, fix: str = "") -> CheckpointError:
+    """The error for a file that is not ``title``, the family with its article: ``a Performer``."""
+    return CheckpointError(
+        f"this is not {title} checkpoint that can be read",
+        got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
+        allowed=allowed,
+        fix=fix or None,
+    )
 
 
 def _open_folder(folder: Path) -> RawCheckpoint:

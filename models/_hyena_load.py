@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
+from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys, unreadable
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import LoadedModel
 from xexport.core.progress import Progress
@@ -63,10 +63,10 @@ def load_hyena(raw: RawCheckpoint) -> LoadedModel:
         return own
     raw = dataclasses.replace(raw, tensors=_dna_names(raw.tensors))
     if f"{_DNA}ln_f.weight" not in raw.tensors:
-        raise CheckpointError(
-            "this is not a Hyena checkpoint that can be read",
-            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="a Hugging Face folder of HyenaDNA, or a safetensors file from xexport's own training",
+        raise unreadable(
+            raw,
+            "a Hyena",
+            "a Hugging Face folder of HyenaDNA, or a safetensors file from xexport's own training",
         )
     config, tensors = _read_dna(raw)
     tokenizer = "dna" if config.vocab_size in _DNA_TOKENS else None

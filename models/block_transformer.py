@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys, unreadable
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
@@ -326,10 +326,10 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
     notes: tuple[str, ...] = ()
     if config is None:
         if _layout(raw) is None:
-            raise CheckpointError(
-                "this is not a Block Transformer checkpoint that can be read",
-                got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-                allowed="a state_dict of block-transformer, or a safetensors file of xexport's own training",
+            raise unreadable(
+                raw,
+                "a Block Transformer",
+                "a state_dict of block-transformer, or a safetensors file of xexport's own training",
             )
         config = _config_of(raw)
         notes = (

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys, unreadable
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
@@ -333,10 +333,10 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
     notes: tuple[str, ...] = ()
     if config is None:
         if _KNOWN not in tensors:
-            raise CheckpointError(
-                "this is not an Hourglass checkpoint that can be read",
-                got=f"{raw.path.name}: tensors such as {', '.join(list(tensors)[:4])}",
-                allowed="a state_dict of hourglass-transformer-pytorch with linear resampling, or a "
+            raise unreadable(
+                raw,
+                "an Hourglass",
+                "a state_dict of hourglass-transformer-pytorch with linear resampling, or a "
                 "safetensors file from xexport's own training",
             )
         config = _config_of(raw)

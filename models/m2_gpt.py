@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from xexport.core.checkpoint import RawCheckpoint
-from xexport.core.errors import CheckpointError, InputError
+from xexport.core.checkpoint import RawCheckpoint, unreadable
+from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.models import hyena
 from xexport.models.hyena import HyenaConfig
@@ -58,11 +58,7 @@ class M2GPTConfig(HyenaConfig):
 def _load(raw: RawCheckpoint) -> LoadedModel:
     own = hyena.load_own(raw, "m2_gpt", M2GPTConfig)
     if own is None:
-        raise CheckpointError(
-            "this is not an M2-GPT checkpoint that can be read",
-            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="a safetensors file from xexport's own training",
-        )
+        raise unreadable(raw, "an M2-GPT", "a safetensors file from xexport's own training")
     return own
 
 

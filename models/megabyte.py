@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys, unreadable
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
@@ -384,10 +384,10 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
     tensors = dict(raw.tensors)
     if config is None:
         if _KNOWN not in raw.tensors:
-            raise CheckpointError(
-                "this is not a MegaByte checkpoint that can be read",
-                got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-                allowed="a state_dict of MEGABYTE-pytorch, or a safetensors file from xexport's own training",
+            raise unreadable(
+                raw,
+                "a MegaByte",
+                "a state_dict of MEGABYTE-pytorch, or a safetensors file from xexport's own training",
             )
         config, notes = _config_of(raw)
         tensors = _renamed(tensors, config)

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys, unreadable
 from xexport.core.errors import CheckpointError, InputError, LimitError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
@@ -306,10 +306,10 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
         config, tensors = _published(raw)
         notes = ("the filters are made from the file's networks; its token types and pooler are left out",)
     else:
-        raise CheckpointError(
-            "this is not a Monarch Mixer checkpoint that can be read",
-            got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-            allowed="keys of M2-BERT with filters in both directions (bert.encoder.layer.<i>.attention."
+        raise unreadable(
+            raw,
+            "a Monarch Mixer",
+            "keys of M2-BERT with filters in both directions (bert.encoder.layer.<i>.attention."
             "filter_fn.implicit_filter_rev), or a safetensors file from xexport's own training",
         )
     with torch.device("meta"):

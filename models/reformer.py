@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, require_keys, unreadable
 from xexport.core.errors import CheckpointError, InputError, LimitError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
@@ -462,10 +462,8 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
     tensors, notes = dict(raw.tensors), list[str]()
     if config is None:
         if _layout(raw) is None:
-            raise CheckpointError(
-                "this is not a Reformer checkpoint that can be read",
-                got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-                allowed="a Hugging Face folder of model_type reformer, or xexport's own training",
+            raise unreadable(
+                raw, "a Reformer", "a Hugging Face folder of model_type reformer, or xexport's own training"
             )
         require_keys(raw, _KEYS, "reformer")
         config, notes = _config_from_hugging_face(raw)

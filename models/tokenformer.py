@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
+from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config, unreadable
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
@@ -308,10 +308,10 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
     tensors, notes = dict(raw.tensors), list[str]()
     if config is None:
         if _layout(raw) is None:
-            raise CheckpointError(
-                "this is not a TokenFormer checkpoint that can be read",
-                got=f"{raw.path.name}: tensors such as {', '.join(list(raw.tensors)[:4])}",
-                allowed="the published layout (sequential.2.attention ...), or xexport's own training",
+            raise unreadable(
+                raw,
+                "a TokenFormer",
+                "the published layout (sequential.2.attention ...), or xexport's own training",
             )
         config, tensors = _published(raw)
         notes.append(
