@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
 
-from xexport.core.checkpoint import open_checkpoint
+from xexport.core.checkpoint import RawCheckpoint, open_checkpoint
 from xexport.core.contract import contract_of
 from xexport.core.errors import CheckpointError
 from xexport.core.family import Family
+from xexport.core.registry import family_names, get_family
 from xexport.core.state import StateSpec, state_shape
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "operators",
     "random_model",
     "random_state",
+    "recognised_by",
     "role",
     "trained",
 ]
@@ -118,6 +120,11 @@ def load_module(family: Family, path: Path) -> Any:
     module = family.build(loaded.config).eval().requires_grad_(False)
     module.load_state_dict(loaded.tensors)
     return module
+
+
+def recognised_by(raw: RawCheckpoint) -> set[str]:
+    """The families that say they can read it."""
+    return {name for name in family_names() if get_family(name).recognise(raw)}
 
 
 def check_own_file(

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import error, load_module, new_state, random_model, role
+from chunk_form import error, in_chunks, load_module, new_state, random_model, recognised_by, role
 from tolerances import TOLERANCES
 from torch import Tensor, nn
 
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.errors import InputError, LimitError
-from xexport.core.registry import family_names, get_family
+from xexport.core.registry import get_family
 from xexport.models.block_transformer import BlockTransformerConfig
 
 FAMILY = get_family("block_transformer")
@@ -77,17 +77,14 @@ def test_parity_with_gpt_neox_put_together(tmp_path: Path, block: int, prefix: i
     model = Authors(block, prefix, width, 128).eval().requires_grad_(False)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     raw = open_checkpoint(tmp_path / "model.pt")
-    assert {n for n in family_names() if get_family(n).recognise(raw)} == {"block_transformer"}
+    assert recognised_by(raw) == {"block_transformer"}
     module = load_module(FAMILY, tmp_path / "model.pt")
     tokens = torch.randint(0, 29, (1, 5 * block))
     # the block before the first is one of end tokens; the logits after token t are those of token t+1
     blocks = torch.cat((torch.zeros(1, block, dtype=torch.int64), tokens.view(-1, block)))
     want = model(blocks).flatten(0, 1)[1:]
-    state, pieces = new_state(module, 1), []
-    for piece in tokens.split([1, 1, block + 1, 1, 4 * block - 4], 1):
-        got, *state = module(piece, *state)
-        pieces.append(got)
-    assert error(torch.cat(pieces, 1)[0, :-1], want) < TOLERANCES["oracle_fp32"]
+    got = in_chunks(module, tokens, new_state(module, 1), [1, 2, block + 3, block + 4])[0]
+    assert error(got[0, :-1], want) < TOLERANCES["oracle_fp32"]
 
 
 def test_the_longest_stream() -> None:

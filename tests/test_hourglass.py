@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import error, load_module, new_state, random_model, role
+from chunk_form import error, in_chunks, load_module, new_state, random_model, recognised_by, role
 from tolerances import TOLERANCES
 
 from xexport.core.checkpoint import open_checkpoint
 from xexport.core.errors import CheckpointError, InputError, LimitError
-from xexport.core.registry import family_names, get_family
+from xexport.core.registry import get_family
 from xexport.models.hourglass import HourglassConfig
 
 FAMILY = get_family("hourglass")
@@ -48,16 +48,13 @@ def their_file(folder: Path, **options: Any) -> tuple[Any, Path]:
 def test_parity_with_hourglass_transformer_pytorch(tmp_path: Path, options: dict[str, Any]) -> None:
     """Lengths that all factors divide: the package fails at others."""
     model, path = their_file(tmp_path, **options)
-    assert {n for n in family_names() if get_family(n).recognise(open_checkpoint(path))} == {"hourglass"}
+    assert recognised_by(open_checkpoint(path)) == {"hourglass"}
     module = load_module(FAMILY, path)
     tokens = torch.randint(0, 29, (2, 24))
     with torch.no_grad():
         want = model(tokens)
-    state, pieces = new_state(module, 2), []
-    for piece in tokens.split([1, 1, 6, 2, 14], 1):
-        got, *state = module(piece, *state)
-        pieces.append(got)
-    assert error(torch.cat(pieces, 1), want) < TOLERANCES["oracle_fp32"]
+    got = in_chunks(module, tokens, new_state(module, 2), [1, 2, 8, 10])[0]
+    assert error(got, want) < TOLERANCES["oracle_fp32"]
 
 
 @pytest.mark.oracle
