@@ -513,6 +513,41 @@ def _parameters(text: str | None) -> int | None:
 
 
 @cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=_PATH, metavar="BUNDLE...")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Where to listen; 0.0.0.0 is everywhere."
+)
+@click.option("--port", type=int, default=8765, show_default=True, help="0 takes a free one.")
+@click.option("--ort", type=_PATH, metavar="D", help="The folder dist of the npm package onnxruntime-web.")
+@_json_option
+def serve(bundles: tuple[Path, ...], host: str, port: int, ort: Path | None, as_json: bool) -> None:
+    """Run BUNDLEs in a browser: a page to type a prompt and watch the text.
+
+    The page runs the bundle itself, with WebAssembly or WebGPU; this machine only sends it the files.
+    Nothing is loaded from elsewhere: onnxruntime-web comes from the environment "web"
+    (python -m xexport.runtimes.environments install web). It serves this machine alone unless told otherwise,
+    until it is interrupted.
+
+    \b
+    xexport rwkv --target web-int8
+    xexport serve rwkv-web-int8
+    """
+    from xexport.runtimes.environments import get_environment
+    from xexport.runtimes.serve import make_server
+
+    packages = get_environment("web").folder / "node_modules"
+    with make_server(
+        bundles, ort=ort or packages / "onnxruntime-web" / "dist", host=host, port=port
+    ) as server:
+        if as_json:
+            click.echo(_dump({"url": server.url, "bundles": [str(b) for b in bundles]}))
+        else:
+            click.echo(f"Open {server.url} (Ctrl-C ends it)")
+        sys.stdout.flush()
+        server.serve_forever()
+
+
+@cli.command()
 @_json_option
 def doctor(as_json: bool) -> None:
     """Say what this machine has and what runs here.

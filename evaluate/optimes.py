@@ -121,7 +121,7 @@ def profile_ops(
                 yield time.perf_counter_ns() - began
 
     engine: Any
-    if (runtime or manifest.runtime) not in ("onnxruntime", CPU):
+    if (runtime or manifest.runtime) not in ("onnxruntime", "onnxruntime-web", CPU):
         engine = open_engine(bundle, manifest, runtime=runtime, threads=threads, profile=True)
         return _node_times(engine.cell(1), calls, manifest.provider, setup, form, per_call)
     with tempfile.TemporaryDirectory(prefix="xexport-profile-") as folder:

@@ -54,14 +54,18 @@ class OnnxForward:
         self._session = ort.InferenceSession(
             str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=kept
         )
-        self._names = [i.name for i in self._session.get_inputs()]
-        # an input with a default is not among the inputs
-        self.keeps = any(i.name == KEEP_INPUT for i in self._session.get_overridable_initializers())
+        given = [i.name for i in self._session.get_inputs()]
+        self._names = [name for name in given if name != KEEP_INPUT]
+        # an input with a default is not among them; some targets take the default away (passes/required)
+        self._asked = KEEP_INPUT in given
+        self.keeps = self._asked or any(
+            i.name == KEEP_INPUT for i in self._session.get_overridable_initializers()
+        )
 
     def __call__(self, inputs: Array, state: Sequence[Array], keep: int = 0) -> tuple[Array, list[Array]]:
         """Logits ``[B,T,V]``, or with ``keep`` ``[B,min(keep,T),V]``, and the new state."""
         feeds = dict(zip(self._names, [inputs, *state], strict=True))
-        if keep:
+        if keep or self._asked:
             feeds[KEEP_INPUT] = np.array([keep], np.int64)
         logits, *new = self._session.run(None, feeds)
         return np.asarray(logits, np.float32), list(new)

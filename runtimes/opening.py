@@ -24,11 +24,13 @@ __all__ = ["CPU", "environment_of", "open_engine", "runtime_names", "why_not"]
 #: the runtime name for ONNX Runtime's CPU provider in this process, whatever the bundle is for
 CPU = "cpu"
 _RUNTIMES = ("onnxruntime", "openvino")
+#: runtimes of other languages, and the environment that each lives in: they have no file here, but a worker
+_ELSEWHERE = {"onnxruntime-web": "web"}
 
 
 def runtime_names() -> tuple[str, ...]:
     """What ``--runtime`` takes."""
-    return (CPU, *_RUNTIMES)
+    return (CPU, *_RUNTIMES, *_ELSEWHERE)
 
 
 def environment_of(manifest: Manifest) -> str:
@@ -55,14 +57,21 @@ def open_engine(
     if runtime == CPU:
         manifest = _on_cpu(manifest)
     name = manifest.runtime if runtime in (None, CPU) else str(runtime)
-    module = _module(name)
-    environment = environment_of(manifest)
+    if name not in runtime_names():
+        raise RuntimeFailure(
+            "this xexport doesn't have that runtime",
+            got=name,
+            allowed=", ".join(runtime_names()),
+            fix="upgrade xexport, or export for another target",
+        )
+    environment = environment_of(manifest) if name == manifest.runtime else _ELSEWHERE.get(name, "")
     engine: Engine
-    if environment and name == manifest.runtime:
+    if environment:
         from xexport.runtimes import remote
 
         engine = remote.open_engine(folder, manifest, environment, threads=threads, **options)
     else:
+        module = import_module(f"xexport.runtimes.{name}")
         engine = module.open_engine(folder, manifest, threads=threads, **options)
     return engine
 
@@ -91,15 +100,3 @@ def _on_cpu(manifest: Manifest) -> Manifest:
     return msgspec.structs.replace(
         manifest, runtime="onnxruntime", provider="CPUExecutionProvider", target_row=row
     )
-
-
-def _module(name: str) -> Any:
-    """The module runtimes/<name>.py, which has ``open_engine``."""
-    if name not in _RUNTIMES:
-        raise RuntimeFailure(
-            "this xexport doesn't have that runtime",
-            got=name,
-            allowed=", ".join(runtime_names()),
-            fix="upgrade xexport, or export for another target",
-        )
-    return import_module(f"xexport.runtimes.{name}")

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from xexport.core.errors import InputError, RuntimeFailure
@@ -122,16 +123,14 @@ def _add_ort(table: dict[str, Path | tuple[bytes, str]], folder: Path) -> None:
         raise RuntimeFailure(
             "onnxruntime-web is not installed, which runs the bundle in the browser",
             got=f"nothing in {folder}",
-            fix="python -m xexport.runtimes.environments install web (needs npm), or name the folder `dist` of "
-            "that npm package with --ort",
+            fix="python -m xexport.runtimes.environments install web (needs npm), or name the folder `dist` "
+            "of that npm package with --ort",
         )
     for path in found:
         table[f"/ort/{path.name}"] = path
 
 
-def _add_bundle(
-    table: dict[str, Path | tuple[bytes, str]], folder: Path, index: int
-) -> dict[str, str | int]:
+def _add_bundle(table: dict[str, Path | tuple[bytes, str]], folder: Path, index: int) -> dict[str, str | int]:
     """The files that the manifest lists, and a row for the page's list."""
     bundle = load(folder, verify=False)
     base = f"/bundle/{index}/{quote(folder.resolve().name)}/"
@@ -229,11 +228,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length))
 
 
-def _open(found: Path | tuple[bytes, str]) -> tuple[BinaryIO, int, str]:
+def _open(found: Path | tuple[bytes, str]) -> tuple[BufferedIOBase, int, str]:
     """A body that can be sought, its size, its type."""
     if isinstance(found, tuple):
-        from io import BytesIO
-
         return BytesIO(found[0]), len(found[0]), found[1]
     file = found.open("rb")
     return file, found.stat().st_size, _TYPES.get(found.suffix, "application/octet-stream")
@@ -255,7 +252,7 @@ def _range_of(header: str | None, size: int) -> tuple[int, int] | None:
     return (start, stop) if start < stop else None
 
 
-def _copy(body: BinaryIO, out: BinaryIO, count: int) -> bool:
+def _copy(body: BufferedIOBase, out: BufferedIOBase, count: int) -> bool:
     """``count`` bytes, a piece at a time: weights may be larger than the memory. False if there are fewer."""
     while count > 0 and (piece := body.read(min(count, _PIECE))):
         out.write(piece)

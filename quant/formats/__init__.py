@@ -59,11 +59,12 @@ Format = Callable[[Context, ir.Value], Stored | Refusal]
 
 def formats() -> dict[str, Format]:
     """Format name -> the function that applies it."""
-    from xexport.quant.formats import block, half, rows
+    from xexport.quant.formats import block, channel, half, rows
 
     return {
         "float16": half.apply,
         "int8-rows": rows.apply,
         "int8-block": block.apply_int8,
+        "int8-channel": channel.apply,
         "int4-block": block.apply_int4,
     }

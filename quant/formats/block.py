@@ -18,7 +18,7 @@ from xexport.quant.blocks import block_size_for, quantize_blocks, relative_error
 from xexport.quant.formats import Context, Refusal, Stored
 from xexport.quant.formats.stored import FASTER_ABOVE, store
 
-__all__ = ["apply_int4", "apply_int8", "to_float"]
+__all__ = ["apply_int4", "apply_int8", "drop_unused", "products_of", "to_float"]
 
 _MIN_DEPTH = 16
 _ACCURACY_LEVEL = 4  # int8 activations; level 0 is 36 times slower at 8 bits
@@ -35,7 +35,7 @@ def apply_int4(context: Context, value: ir.Value) -> Stored | Refusal:
 
 
 def _apply(context: Context, value: ir.Value, bits: int) -> Stored | Refusal:
-    products, matrix = _products(value)
+    products, matrix = products_of(value)
     if not products:
         return Refusal("no matrix product reads it as its right-hand side")
     if matrix is None:
@@ -45,7 +45,7 @@ def _apply(context: Context, value: ir.Value, bits: int) -> Stored | Refusal:
         return Refusal(f"its depth of {depth} is shorter than the smallest block ({_MIN_DEPTH})")
     if matrix.size < FASTER_ABOVE:
         stored = store(context, value, products, matrix, bits)
-        _drop_unused(context, value)
+        drop_unused(context, value)
         return stored
     size = block_size_for(depth, bits)
     blocks = quantize_blocks(matrix, bits, size, half_scales=bits == 4)
@@ -62,12 +62,12 @@ def _apply(context: Context, value: ir.Value, bits: int) -> Stored | Refusal:
         s = to_float(context, s)
     for node in products:
         _rewrite(context, node, b, s, bits, depth, columns, size)
-    _drop_unused(context, value)
+    drop_unused(context, value)
     error = relative_error(matrix, blocks.dequantize()[:, :depth])
     return Stored(f"int{bits} block {size}", codes.nbytes + scales.nbytes, error)
 
 
-def _products(value: ir.Value) -> tuple[list[ir.Node], np.ndarray | None]:
+def products_of(value: ir.Value) -> tuple[list[ir.Node], np.ndarray | None]:
     """MatMul nodes that read the weight (or its transpose) on the right, and the weight as [N, K]."""
     direct = [n for n, i in value.uses() if n.op_type == "MatMul" and i == 1]
     swapped = [
@@ -121,7 +121,7 @@ def to_float(context: Context, half: ir.Value) -> ir.Value:
     return result
 
 
-def _drop_unused(context: Context, value: ir.Value) -> None:
+def drop_unused(context: Context, value: ir.Value) -> None:
     """Remove transposes that nothing reads any more, and the fp32 weight if nothing else reads it."""
     for node, _ in list(value.uses()):
         if node.op_type == "Transpose" and not list(node.outputs[0].uses()):
