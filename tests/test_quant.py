@@ -30,6 +30,7 @@ from xexport.quant.blocks import (
     quantize_rows,
     relative_error,
 )
+from xexport.quant.formats.channel import FASTER_ABOVE as CHANNEL_FASTER_ABOVE
 from xexport.quant.formats.stored import FASTER_ABOVE
 from xexport.quant.scheme import FORMATS, get_scheme, scheme_names
 
@@ -52,7 +53,7 @@ def test_every_target_has_a_scheme_and_fp32_changes_nothing() -> None:
     assert set(get_scheme("fp32").formats.values()) == {"float32"}
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int8-channel", "int4"])
 @pytest.mark.parametrize("role", ["decay", "gate", "norm", "filter", "conv", "other"])
 def test_what_steers_the_recurrence_stays_float(name: str, role: str) -> None:
     assert get_scheme(name).formats[role] == "float32"
@@ -257,6 +258,57 @@ def test_a_tokens_product_does_not_depend_on_its_neighbours(tmp_path: Path) -> N
     for i in range(9):
         alone = run(model, tmp_path, x=x[i : i + 1])[0]
         assert np.abs(alone - whole[i]).max() <= TOLERANCES["model_int8_cut"] * np.abs(whole[i]).max()
+
+
+def test_channels_round_every_row_alone(tmp_path: Path) -> None:
+    """Integer products: exact under any chunking, beside rows of zeros and of much larger values."""
+    w, x = random(520, 510), random(9, 520, seed=1)
+    x[4] *= 1000
+    x[6] = 0
+    model = product(w)
+    (decision,) = decide(model, "int8-channel", "projection", tmp_path)
+    assert w.size >= CHANNEL_FASTER_ABOVE
+    codes, scales = quantize_rows(np.ascontiguousarray(w.T))
+    stored = (codes.astype(np.float32) * scales).T
+    assert (decision.format, decision.bytes) == ("int8 per channel", w.size + 4 * 510)
+    assert decision.error == pytest.approx(relative_error(w, stored))
+    got = run(model, tmp_path, x=x)
+    step = np.abs(x).max(axis=1, keepdims=True) / 127
+    exact = np.rint(x / np.maximum(step, 1e-30)) * step
+    assert rms_error(got, exact @ stored) < 1e-5, "nothing saturates"
+    assert not got[6].any()
+    for i in range(9):
+        assert np.array_equal(run(model, tmp_path, x=x[i : i + 1])[0], got[i])
+
+
+def test_products_that_read_the_same_rows_round_them_once(tmp_path: Path) -> None:
+    """The second weight's product comes first in the graph: what both read must come before it."""
+    shape = (512, 512)
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", type=kind, shape=ir.Shape(["N", 512]))
+    pre = ir.Node("", "Neg", [x], name="pre")
+    pre.outputs[0].name, pre.outputs[0].type, pre.outputs[0].shape = "p", kind, x.shape
+    weights = [
+        ir.Value(
+            name=n, type=kind, shape=ir.Shape(shape), const_value=ir.Tensor(random(*shape, seed=i), name=n)
+        )
+        for i, n in enumerate("ab")
+    ]
+    nodes = [ir.Node("", "MatMul", [pre.outputs[0], w], name=f"{w.name}/MatMul") for w in reversed(weights)]
+    total = ir.Node("", "Sub", [nodes[1].outputs[0], nodes[0].outputs[0]], name="sub")
+    for node in (*nodes, total):
+        node.outputs[0].name, node.outputs[0].type = f"{node.name}.out", kind
+        node.outputs[0].shape = x.shape
+    graph = ir.Graph(
+        [x], [total.outputs[0]], nodes=[pre, *nodes, total], initializers=weights, opset_imports={"": 23}
+    )
+    model = ir.Model(graph, ir_version=10)
+    decide(model, "int8-channel", "projection", tmp_path)
+    assert [n.op_type for n in model.graph].count("QuantizeLinear") == 1
+    assert [n.op_type for n in model.graph].count("MatMulIntegerToFloat") == 2
+    values = random(3, 512, seed=9)
+    want = -values @ (random(*shape, seed=0) - random(*shape, seed=1))
+    assert rms_error(run(model, tmp_path, x=values), want) < 3 * TOLERANCES["int8_products"]
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("int8", 8), ("int4", 4)])

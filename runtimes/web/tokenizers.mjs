@@ -30,6 +30,7 @@ export class ByteDecoder {
 /** One token a byte of UTF-8. */
 class BytesTokenizer {
   kind = "bytes";
+  readsText = true;
   vocabSize = 256;
   endIds = NONE;
 
@@ -48,6 +49,7 @@ class BytesTokenizer {
 /** Ids in, ids out. */
 class NoTokenizer {
   kind = "none";
+  readsText = false;
   vocabSize = null;
   endIds = NONE;
 
@@ -68,6 +70,7 @@ const DNA_WORDS = ["[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "
 /** One token a letter (runtimes/dna.py); [SEP] ends a text. */
 class DnaTokenizer {
   kind = "dna";
+  readsText = true;
   vocabSize = DNA_WORDS.length;
   endIds = new Set([1]);
 
@@ -83,6 +86,20 @@ class DnaTokenizer {
   decoder() {
     return { push: (id) => DNA_WORDS[id] ?? "\ufffd", flush: () => "" };
   }
+}
+
+/**
+ * Ids written as numbers between spaces or commas.
+ *
+ * @throws {InputError} something else is among them
+ */
+export function parseIds(text) {
+  const words = text.split(/[\s,]+/u).filter(Boolean);
+  const odd = words.find((word) => !/^[0-9]+$/.test(word));
+  if (odd !== undefined) {
+    throw new InputError("not a token id", { got: odd, allowed: "whole numbers between spaces or commas" });
+  }
+  return words.map(Number);
 }
 
 /**

@@ -12,6 +12,7 @@ const SINGLE = { n: "\n", r: "\r", t: "\t", a: "\x07", b: "\b", f: "\f", v: "\v"
 /** Text <-> ids of a World vocabulary. */
 export class WorldTokenizer {
   kind = "rwkv-world";
+  readsText = true;
   endIds = new Set([END]);
   #root = new Map(); // byte -> [id of the entry that ends here or -1, Map of what follows]
   #bytes;

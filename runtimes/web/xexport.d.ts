@@ -17,6 +17,9 @@ export function fromFolder(folder: string): Source;
 /** The module onnxruntime-web, from `folder`/node_modules or where Node looks (`xexport-web/node`). */
 export function loadOrt(folder?: string): Promise<object>;
 
+/** Ids written as numbers between spaces or commas. */
+export function parseIds(text: string): number[];
+
 export const SCHEMA_VERSION: number;
 export type Provider = "wasm" | "webgpu";
 export type DType = "float32" | "float16" | "int64" | "int32";
@@ -72,6 +75,8 @@ export interface Decoder {
 
 export interface Tokenizer {
   readonly kind: string;
+  /** False where only ids can be given (no tokenizer, or one of the Python side alone). */
+  readonly readsText: boolean;
   readonly vocabSize: number | null;
   readonly endIds: ReadonlySet<number>;
   encode(text: string): number[];

@@ -14,6 +14,7 @@ import { loadTokenizer } from "./tokenizers.mjs";
 export { BundleError, InputError, LimitError, RuntimeFailure, XexportError } from "./errors.mjs";
 export { SCHEMA_VERSION } from "./manifest.mjs";
 export { fromFiles, fromUrl } from "./sources.mjs";
+export { parseIds } from "./tokenizers.mjs";
 
 const PROVIDERS = ["wasm", "webgpu"];
 

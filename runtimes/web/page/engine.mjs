@@ -1,6 +1,6 @@
 // The page's Web Worker: opens a bundle and generates, so that the page stays responsive.
 
-import { fromFiles, fromUrl, openBundle } from "/xexport/xexport.mjs";
+import { fromFiles, fromUrl, openBundle, parseIds } from "/xexport/xexport.mjs";
 
 const SCRIPTS = { wasm: "/ort/ort.wasm.min.mjs", webgpu: "/ort/ort.webgpu.min.mjs" };
 
@@ -24,20 +24,21 @@ async function open({ url, files, provider, threads }) {
   const onProgress = (done, total) => tell("progress", { done, total });
   const source = files ? fromFiles(files) : fromUrl(url);
   bundle = await openBundle(source, { ort, provider, threads, onProgress });
-  tell("opened", { name: bundle.name, manifest: bundle.manifest, loadMs: bundle.loadMs, memory: memory() });
+  const { name, manifest, loadMs, tokenizer } = bundle;
+  tell("opened", { name, manifest, loadMs, memory: memory(), readsText: tokenizer.readsText });
 }
 
 async function generate({ prompt, options }) {
   abort = new AbortController();
   const stream = bundle.stream();
   try {
-    const generation = stream.generate(prompt, { ...options, signal: abort.signal });
-    const ms = [];
+    const given = bundle.tokenizer.readsText ? prompt : parseIds(prompt);
+    const generation = stream.generate(given, { ...options, signal: abort.signal });
     let before = 0;
     for await (const text of generation) {
-      ms.push(generation.stats.decodeMs - before);
-      before = generation.stats.decodeMs;
-      tell("piece", { text, ms: ms.at(-1), stats: generation.stats, memory: memory() });
+      const { stats } = generation;
+      tell("piece", { text, ms: stats.decodeMs - before, stats, memory: memory() });
+      before = stats.decodeMs;
       // a turn of the event loop, so that "stop" is heard
       await new Promise((done) => {
         const { port1, port2 } = new MessageChannel();

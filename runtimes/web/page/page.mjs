@@ -28,7 +28,9 @@ const handlers = {
     $("progress").value = done / total;
     say(done < total ? `Loading ${bytes(done)} of ${bytes(total)}` : "Opening the graph");
   },
-  opened: ({ name, manifest, loadMs, memory }) => {
+  opened: ({ name, manifest, loadMs, memory, readsText }) => {
+    $("prompt").placeholder = readsText ? "" : "Token ids: numbers between spaces";
+    if (!readsText && /[^0-9\s,]/.test($("prompt").value)) $("prompt").value = "";
     $("go").disabled = false;
     $("opened").textContent = duration(loadMs);
     $("memory").textContent = bytes(memory);
