@@ -123,7 +123,7 @@ def test_stop_and_errors_are_shown(page: Any) -> None:
 
 
 def test_webgpu(page: Any, bundle: Bundle) -> None:
-    """On SwiftShader, which is slow and exact: the state stays in buffers of the device between the tokens."""
+    """On SwiftShader, slow and exact: the state stays in buffers of the device between the tokens."""
     if not page.evaluate("navigator.gpu ? navigator.gpu.requestAdapter().then(Boolean) : false"):
         need("web", "this Chromium has no WebGPU adapter, not even SwiftShader")
     page.evaluate("document.body.dataset.state = ''")
