@@ -64,6 +64,7 @@ class RemoteEngine:
         self.version = str(opened.get("version", ""))
         self.load_seconds = float(opened.get("load_seconds", 0))
         self.rss_before = int(opened.get("rss", 0))
+        self._provider = str(opened.get("provider") or manifest.provider)
         self._link = link
 
     def cell(self, batch: int) -> RemoteCell:
@@ -78,8 +79,8 @@ class RemoteEngine:
 
     @property
     def provider(self) -> str:
-        """The execution provider, or device, that the bundle is for."""
-        return self.manifest.provider
+        """The execution provider, or device, that the bundle is for, as the profile there calls it."""
+        return self._provider
 
     def assigned(self) -> list[Assigned]:
         """Which provider took which node, of an engine with a ``profile_prefix``."""

@@ -4,7 +4,7 @@ It needs numpy, msgspec and the runtime's own package, neither torch nor onnx. O
 
 | op | asks | answers |
 |---|---|---|
-| ``open`` | bundle, threads, options | runtime, version, load_seconds, rss (before the graph was opened) |
+| ``open`` | bundle, threads, options | runtime, version, load_seconds, rss (before), perhaps provider |
 | ``cell`` | batch | cell (a number) |
 | ``run`` | cell, keep, tensor ``inputs`` | ns (inside the worker), tensor ``logits`` |
 | ``read``, ``write``, ``reset`` | cell (and the state's tensors) | the state's tensors, or nothing |

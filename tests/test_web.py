@@ -152,6 +152,7 @@ def test_profile_is_read_by_node_and_provider(rwkv: Bundle) -> None:
     found = {op.op: op for op in times.ops}
     assert found["MatMul"].nodes >= 10
     assert {op.provider for op in times.ops} == {"CPUExecutionProvider"}
+    assert (times.wanted, times.fallbacks) == ("CPUExecutionProvider", ())
 
 
 TEXTS = [

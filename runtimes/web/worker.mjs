@@ -20,6 +20,9 @@ fs.writeSync = (descriptor, text, ...rest) => {
   return printed === null ? writeSync(2, text, ...rest) : 0;
 };
 
+/** Names of the execution providers in a profile. */
+const PROVIDERS = { wasm: "CPUExecutionProvider", webgpu: "WebGpuExecutionProvider" };
+
 let ort;
 let bundle;
 let prefix;
@@ -33,7 +36,8 @@ const operations = {
     // the Python side has hashed the files, or was told not to
     bundle = await openBundle(fromFolder(folder), { ort, threads, verify: false, profile: Boolean(prefix) });
     const version = ort.env.versions.web ?? "";
-    return [{ runtime: "onnxruntime-web", version, load_seconds: bundle.loadMs / 1000, rss }];
+    const provider = PROVIDERS[bundle.provider];
+    return [{ runtime: "onnxruntime-web", version, provider, load_seconds: bundle.loadMs / 1000, rss }];
   },
   cell: async ({ batch }) => {
     if (bundle === undefined) throw new RuntimeFailure("no bundle is open in this worker");
@@ -48,6 +52,7 @@ const operations = {
   read: async (row) => [{}, await cellOf(row).read()],
   write: async (row, tensors) => [{}, cellOf(row).write(tensors)],
   reset: async (row) => [{}, cellOf(row).reset()],
+  assigned: async () => [{ nodes: [] }], // onnxruntime-web can't say; the profile can
   end_profiling: async () => [{ path: endProfiling() }],
   memory: async () => [{ rss: process.memoryUsage.rss(), peak_bytes: process.resourceUsage().maxRSS * 1024 }],
 };
