@@ -21,6 +21,7 @@ import numpy.typing as npt
 from xexport.core.errors import BundleError, RuntimeFailure
 from xexport.core.manifest import KEEP_INPUT, Manifest, safe_path
 from xexport.runtimes import placement
+from xexport.runtimes.device_cell import DeviceCell, host_value
 from xexport.runtimes.inputs import Inputs
 from xexport.runtimes.native import NativeKernels, find_native
 from xexport.runtimes.state_buffers import StateBuffers, aligned, check_appended
@@ -29,6 +30,8 @@ __all__ = ["OrtCell", "OrtEngine", "WholeCell", "open_engine", "unavailable"]
 
 Array = npt.NDArray[Any]
 _CPU = "CPUExecutionProvider"
+#: on another provider our kernels would only pull their nodes, and the state with them, back to the CPU
+_NO_NATIVE = NativeKernels(None, "the kernels are for the CPU provider")
 _OLDEST = (1, 23)  # the first with every operator of opset 23; 1.22.1 refuses the graph
 
 
@@ -79,7 +82,7 @@ def open_engine(
             fix="run it where that provider is installed, or export for a target `xexport doctor` can run",
         )
     check_appended(manifest.state)
-    native = find_native()
+    native = find_native() if provider == _CPU else _NO_NATIVE
     options = _session_options(manifest, threads, native)
     if provider != _CPU and manifest.target_row.get("full_placement"):
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -120,10 +123,12 @@ class OrtEngine:
     native: NativeKernels
     load_seconds: float
 
-    def cell(self, batch: int) -> OrtCell | WholeCell:
+    def cell(self, batch: int) -> OrtCell | WholeCell | DeviceCell:
         """State buffers and bindings for ``batch`` parallel sequences."""
         if not self.manifest.model.contract.streams:
             return WholeCell(self.session, self.manifest)
+        if self.provider != _CPU:
+            return DeviceCell(self.session, self.manifest, batch)
         return OrtCell(self.session, self.manifest, batch, self.in_place())
 
     def end_profiling(self) -> Path:
@@ -144,7 +149,7 @@ class OrtEngine:
 
         A function body is no such thing: it may read the old value after it has written the new one.
         """
-        if self.native.path is None or self.manifest.provider != _CPU:
+        if self.native.path is None:
             return frozenset()
         able = self.native.in_place
         return frozenset(s.name for s in self.manifest.state if s.appended and s.appended.op in able)
@@ -173,7 +178,7 @@ class OrtCell:
         spec = self._contract.inputs
         self._input, self._unit = spec.name, spec.multiple
         self.buffers = StateBuffers(manifest.state, batch, in_place)
-        self._values = tuple({n: _share(a) for n, a in each.items()} for each in self.buffers.sets)
+        self._values = tuple({n: host_value(a) for n, a in each.items()} for each in self.buffers.sets)
         self._inputs = aligned(spec.shape(batch, self._unit), spec.dtype)
         per_step = self._contract.positions(self._unit)
         self._logits = aligned((batch, per_step, self._vocab), "float32")
@@ -231,10 +236,10 @@ class OrtCell:
         return binding
 
     def _bind(self, binding: Any, inputs: Inputs, logits: npt.NDArray[np.float32], keep: int) -> None:
-        binding.bind_ortvalue_input(self._input, _share(inputs))
-        binding.bind_ortvalue_output("logits", _share(logits))
+        binding.bind_ortvalue_input(self._input, host_value(inputs))
+        binding.bind_ortvalue_output("logits", host_value(logits))
         if self.keeps:
-            binding.bind_ortvalue_input(KEEP_INPUT, _share(np.array([keep], np.int64)))
+            binding.bind_ortvalue_input(KEEP_INPUT, host_value(np.array([keep], np.int64)))
 
 
 class WholeCell:
@@ -272,13 +277,6 @@ def _failed(error: Exception) -> RuntimeFailure:
         got=_first_line(error),
         fix="feed shorter chunks if memory ran out; else run `xexport validate` on the bundle",
     )
-
-
-def _share(array: Array) -> Any:
-    """An OrtValue over the array's own memory (it holds a reference; nothing is copied)."""
-    import onnxruntime as ort
-
-    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _session_options(manifest: Manifest, threads: int, native: NativeKernels) -> Any:
