@@ -256,6 +256,7 @@ def _export_into(
     facts["tokenizer"] = dict(shipped.row)
     extra = [output.bundle / REFERENCE_NAME, *shipped.copy_to(output.bundle)]
     facts["extra_files"] = [file_entry(path) for path in extra]
+    _look_up_placement(output.bundle, target, facts)
     manifest = _describe(graph, written, info, target, source, decisions, facts)
     _write_manifest(output.bundle, manifest)
     del graph
@@ -284,6 +285,18 @@ def _export_into(
         progress,
     )
     _finish(output.bundle, manifest, progress)
+
+
+def _look_up_placement(bundle: Path, target: Target, facts: dict[str, Any]) -> None:
+    """What the provider's table of kernels says of the graph, where there is such a table."""
+    from xexport.exporter.static_placement import placement_of, tables
+    from xexport.exporter.writer import GRAPH_NAME
+
+    if target.provider in tables():
+        found = placement_of(bundle / GRAPH_NAME, target.provider)
+        said = found.warning(target.provider)
+        facts["checks"] = {**facts["checks"], "placement": found.row()}
+        facts["warnings"] = [*facts["warnings"], *([said] if said else [])]
 
 
 def _runtime_absent(target: Target) -> str | None:

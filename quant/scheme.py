@@ -13,7 +13,15 @@ from xexport.core.family import ROLES
 
 __all__ = ["FORMATS", "Scheme", "get_scheme", "scheme_names"]
 
-FORMATS = ("float32", "float16", "int8-rows", "int8-block", "int8-channel", "int4-block")
+FORMATS = (
+    "float32",
+    "float16",
+    "float16-product",
+    "int8-rows",
+    "int8-block",
+    "int8-channel",
+    "int4-block",
+)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from xexport.quant.blocks import relative_error
 from xexport.quant.formats import Context, Refusal, Stored
 from xexport.quant.formats.block import to_float
 
-__all__ = ["apply"]
+__all__ = ["LARGEST", "apply"]
 
-_MAX = 65504.0
+#: of float16
+LARGEST = 65504.0
 
 
 def apply(context: Context, value: ir.Value) -> Stored | Refusal:
@@ -25,8 +26,8 @@ def apply(context: Context, value: ir.Value) -> Stored | Refusal:
     array = as_array(value)
     if array.dtype != np.float32:
         return Refusal(f"it is {array.dtype}, not float32")
-    if float(np.abs(array).max(initial=0.0)) > _MAX:
-        return Refusal(f"it holds values beyond {_MAX:.0f}, the largest of fp16")
+    if float(np.abs(array).max(initial=0.0)) > LARGEST:
+        return Refusal(f"it holds values beyond {LARGEST:.0f}, the largest of fp16")
     half = array.astype(np.float16)
     name = value.name or ""
     uses = list(value.uses())
