@@ -108,5 +108,5 @@ def _walk(
 
 def _type_name(kind: int) -> str:
     """``float32`` and so on, as numpy says it."""
-    name = onnx.TensorProto.DataType.Name(kind).lower()
+    name = str(onnx.TensorProto.DataType.Name(kind)).lower()
     return {"float": "float32", "double": "float64"}.get(name, name)
