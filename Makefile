@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit native sanitize arm64 clean
+.PHONY: demo test lint types unit environments native sanitize arm64 clean
 
 demo: $(VENV)/.export
 	$(BIN)/xexport rwkv --target cpu-int8 --out rwkv-cpu-int8 --force
@@ -38,6 +38,11 @@ $(VENV)/.test: $(VENV)/.export tests/oracles.txt
 	$(BIN)/python -m pip install --quiet --editable '.[export,test]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/oracles.txt
 	@touch $@
+
+# Isolated environments for the runtimes whose packages conflict or are heavy; their tests skip without them.
+ENVIRONMENTS ?= web webgpu
+environments: $(VENV)/.test
+	$(BIN)/python -m xexport.runtimes.environments install $(ENVIRONMENTS)
 
 # The kernel library into ops/, for a checkout that is used without being installed.
 native:

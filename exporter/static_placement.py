@@ -27,7 +27,7 @@ class Placement(NamedTuple):
     """What a table says of a graph.
 
     Attributes:
-        nodes: nodes in all, those of branches and loop bodies too.
+        nodes: nodes in all, those of branches and loop bodies too, without those that ONNX Runtime folds.
         left: (operator, element type) -> how many nodes the provider has no kernel for.
     """
 
@@ -93,13 +93,18 @@ def _kernels(name: str) -> Mapping[str, frozenset[str]]:
 def _walk(
     graph: onnx.GraphProto, outer: Mapping[str, str]
 ) -> Iterator[tuple[onnx.NodeProto, Mapping[str, str]]]:
-    """Every node with the element types of the names it can see."""
+    """Every node that is computed at a run, with the element types of the names it can see."""
     types = dict(outer)
     for value in (*graph.input, *graph.value_info, *graph.output):
         if value.type.HasField("tensor_type") and value.type.tensor_type.elem_type:
             types[value.name] = _type_name(value.type.tensor_type.elem_type)
     types |= {tensor.name: _type_name(tensor.data_type) for tensor in graph.initializer}
+    fed = {value.name for value in graph.input}
+    constant = {tensor.name for tensor in graph.initializer} - fed
     for node in graph.node:
+        if constant.issuperset(node.input):
+            constant.update(node.output)  # computed once, when the session opens
+            continue
         yield node, types
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:

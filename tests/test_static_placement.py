@@ -58,6 +58,16 @@ def test_an_operator_without_a_kernel_is_left_in_a_branch_too(tmp_path: Path) ->
     assert placement_of(_graph(tmp_path, nodes), _CUDA).left == {("Det", "float32"): 2}
 
 
+def test_what_is_folded_when_the_session_opens_is_not_counted(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["pads"], ["c"], to=TensorProto.UINT4),
+        helper.make_node("Cast", ["c"], ["d"], to=TensorProto.INT64),
+        helper.make_node("Pad", ["x", "d"], ["z"]),
+    ]
+    found = placement_of(_graph(tmp_path, nodes), _CUDA)
+    assert (found.nodes, found.left) == (1, {})
+
+
 def test_a_where_is_judged_by_what_it_chooses(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Greater", ["x", "x"], ["c"]),
