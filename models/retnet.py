@@ -4,7 +4,8 @@ Sources:
     1. Sun et al., Retentive Network: A Successor to Transformer for Large Language Models,
        arXiv 2307.08621: section 2.1 (retention), 2.2 (multi-scale, gated), table 2 (sizes).
     2. microsoft/torchscale, ``retnet.py`` and ``multiscale_retention.py`` (MIT): the rotation's
-       frequencies, which the paper leaves open, and the RMS-normed, GLU variant.
+       frequencies, which the paper leaves open, the RMS-normed, GLU variant, and the options below.
+    3. Wang et al., DeepNet: Scaling Transformers to 1,000 Layers, arXiv 2203.00555: deepnorm.
 
 Glossary:
     B batch, T tokens, d width, H heads, K = d/H key size, V = value_factor*K value size,
@@ -15,6 +16,11 @@ One block (pre-norm, X the residual stream):
     MSR(X) = (swish(X W_G) * GroupNorm_H(retention(X W_Q, X W_K, X W_V))) W_O
     retention, head h:  S_t = gamma_h S_{t-1} + k_t v_t^T,   o_t = K^-1/2 q_t S_t
 with q and k rotated by the angle ``position * theta`` (xPos without its scaling: gamma does that).
+
+Options of [2]: norms behind each layer in place of before it, ``Y = LN(a X + MSR(X))``, and then none behind
+the last; ``deepnorm``, with a = (2 layers)^(1/4) in place of 1 (either place of the norms: releases of [2]
+differ); a norm behind the embedding; an embedding times sqrt(d); relu or swish for gelu. Its experts are
+refused.
 
 Normalisation: the paper also divides by sqrt(K), by the row sums of the decay mask and by the row's
 absolute sum (section 2.2, "retention score normalization"). The last two divide a head's output at
@@ -34,22 +40,27 @@ State: ``layers.<i>.retention`` [B,H,K,V] float32, ``position`` [1] int64 (share
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, own_config, require_keys
+from xexport.core.checkpoint import RawCheckpoint, own_config
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._retnet_load import HEADS_KEY, from_torchscale
 from xexport.models._rotary import rope_angles, rotate_pairs, turns_of
 from xexport.ops.linear_recurrence.reference import linear_recurrence
 
 __all__ = ["FAMILY", "RetNet", "RetNetConfig", "RetNetTrain"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,11 @@ class RetNetConfig:
         rms: RMS norms without mean and bias, as torchscale has them, in place of layer and group norms.
         glu: gate the feed-forward network by a third matrix, as torchscale does.
         eps: epsilon of every norm.
+        norms_behind: the norms come after the residual sums, and there is none behind the last layer.
+        deepnorm: the residual stream is weighted by (2 layers)^(1/4) in every sum.
+        embedding_norm: a norm behind the embedding.
+        scale_embedding: embeddings are multiplied by sqrt(width).
+        activation: of the feed-forward network: gelu, relu or swish.
     """
 
     vocab_size: int = 256
@@ -74,6 +90,11 @@ class RetNetConfig:
     rms: bool = False
     glu: bool = False
     eps: float = 1e-6
+    norms_behind: bool = False
+    deepnorm: bool = False
+    embedding_norm: bool = False
+    scale_embedding: bool = False
+    activation: str = "gelu"
 
     def __post_init__(self) -> None:
         if min(self.vocab_size, self.width, self.layers, self.heads, self.ffn) < 1:
@@ -84,6 +105,10 @@ class RetNetConfig:
             )
         if self.value_size < 1 or self.value_size != self.key_size * self.value_factor:
             raise InputError("the value size is not whole", got=self.key_size * self.value_factor)
+        if self.activation not in _ACTIVATIONS:
+            raise InputError(
+                "unknown activation of a RetNet", got=self.activation, allowed=", ".join(_ACTIVATIONS)
+            )
 
     @property
     def key_size(self) -> int:
@@ -94,6 +119,11 @@ class RetNetConfig:
     def value_size(self) -> int:
         """V."""
         return round(self.key_size * self.value_factor)
+
+    @property
+    def residual(self) -> float:
+        """What the residual stream is multiplied by in every sum."""
+        return (2.0 * self.layers) ** 0.25 if self.deepnorm else 1.0
 
 
 class _Norm(nn.Module):
@@ -141,16 +171,17 @@ class _Retention(nn.Module):
 
 
 class _FeedForward(nn.Module):
-    """gelu(x W1) W2, or (gelu(x W1) * x Wg) W2."""
+    """act(x W1) W2, or (act(x W1) * x Wg) W2."""
 
     def __init__(self, c: RetNetConfig) -> None:
         super().__init__()
+        self.activation = _ACTIVATIONS[c.activation]
         self.fc1 = nn.Linear(c.width, c.ffn, bias=False)
         self.fc2 = nn.Linear(c.ffn, c.width, bias=False)
         self.gate = nn.Linear(c.width, c.ffn, bias=False) if c.glu else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.fc1(x))
+        h = self.activation(self.fc1(x))
         y: Tensor = self.fc2(h if self.gate is None else h * self.gate(x))
         return y
 
@@ -162,6 +193,20 @@ class _Block(nn.Module):
         self.retention = _Retention(c)
         self.ffn_norm = _Norm(c.width, c.rms, c.eps)
         self.ffn = _FeedForward(c)
+        self.behind, self.residual = c.norms_behind, c.residual
+
+    def before(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """What retention or the feed-forward network reads of the stream ``x``."""
+        return x if self.behind else norm(x)
+
+    def after(self, norm: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The stream ``x`` with the result ``y`` in it."""
+        z = (x if self.residual == 1.0 else x * self.residual) + y
+        return norm(z) if self.behind else z
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The feed-forward half of the block."""
+        return self.after(self.ffn_norm, x, self.ffn(self.before(self.ffn_norm, x)))
 
 
 class RetNet(nn.Module):
@@ -181,8 +226,11 @@ class RetNet(nn.Module):
         self.config = config
         self.vocab_size = config.vocab_size
         self.embed = nn.Embedding(config.vocab_size, config.width)
+        if config.embedding_norm:
+            self.embed_norm = _Norm(config.width, config.rms, config.eps)
         self.layers = nn.ModuleList(_Block(config) for _ in range(config.layers))
-        self.norm = _Norm(config.width, config.rms, config.eps)
+        if not config.norms_behind:
+            self.norm = _Norm(config.width, config.rms, config.eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         for name, table in _tables(config).items():
             self.register_buffer(name, torch.tensor(table.tolist(), dtype=table.dtype))
@@ -200,10 +248,10 @@ class RetNet(nn.Module):
         batch, length = tokens.shape
         cos, sin = self.angles(position + torch.arange(length, device=tokens.device))
         decay = self.decay.expand(batch, length, c.heads)
-        x = self.embed(tokens)
+        x = self._embedded(tokens)
         after = []
         for layer, before in zip(self._blocks(), retention, strict=True):
-            h = layer.retention_norm(x)
+            h = layer.before(layer.retention_norm, x)
             q, k = layer.retention.rotated(h, cos, sin)
             o, now = linear_recurrence(
                 q.flatten(-2),
@@ -215,10 +263,19 @@ class RetNet(nn.Module):
                 c.key_size**-0.5,
             )
             after.append(now)
-            x = x + layer.retention.finish(h, torch.unflatten(o, -1, (c.heads, -1)))
-            x = x + layer.ffn(layer.ffn_norm(x))
-        logits: Tensor = self.head(self.norm(x))
-        return logits, *after, position + length
+            y = layer.retention.finish(h, torch.unflatten(o, -1, (c.heads, -1)))
+            x = layer.feed(layer.after(layer.retention_norm, x, y))
+        return self._logits(x), *after, position + length
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embed(tokens)
+        if self.config.scale_embedding:
+            x = x * self.config.width**0.5
+        return self.embed_norm(x) if self.config.embedding_norm else x
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x if self.config.norms_behind else self.norm(x))
+        return logits
 
     def _blocks(self) -> list[_Block]:
         return list(self.layers)  # type: ignore[arg-type]
@@ -242,15 +299,14 @@ class RetNetTrain(RetNet):
         c = self.config
         cos, sin = self.angles(torch.arange(tokens.shape[1], device=tokens.device))
         tables = self._decays(min(self.chunk, tokens.shape[1]))
-        x = self.embed(tokens)
+        x = self._embedded(tokens)
         for layer in self._blocks():
-            h = layer.retention_norm(x)
+            h = layer.before(layer.retention_norm, x)
             q, k = (y.transpose(1, 2) for y in layer.retention.rotated(h, cos, sin))
             v = torch.unflatten(layer.retention.v_proj(h), -1, (c.heads, -1)).transpose(1, 2)
-            x = x + layer.retention.finish(h, self._retain(q, k, v, tables).transpose(1, 2))
-            x = x + layer.ffn(layer.ffn_norm(x))
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+            y = layer.retention.finish(h, self._retain(q, k, v, tables).transpose(1, 2))
+            x = layer.feed(layer.after(layer.retention_norm, x, y))
+        return self._logits(x)
 
     def _decays(self, size: int) -> tuple[Tensor, Tensor]:
         """The mask ``D * K^-1/2 [H,C,C]`` of a chunk, and ``gamma^n [H,C+1,1]``."""
@@ -281,13 +337,22 @@ def _tables(config: RetNetConfig) -> dict[str, Tensor]:
 
     theta_i = 10000^(-i/(K/2-1)), torchscale's choice.
     """
-    pairs = config.key_size // 2
-    theta = [10000.0 ** -(i / max(pairs - 1, 1)) for i in range(pairs)]
     gamma = [math.log1p(-(2.0 ** (-5 - h))) for h in range(config.heads)]
     return {
         "decay": torch.tensor(gamma, dtype=torch.float32, device="cpu"),
-        "turns": torch.tensor(turns_of(theta), dtype=torch.int64, device="cpu"),
+        "turns": torch.tensor(turns_of(_theta(config)), dtype=torch.int64, device="cpu"),
     }
+
+
+def _theta(config: RetNetConfig) -> list[float]:
+    pairs = config.key_size // 2
+    return [10000.0 ** -(i / max(pairs - 1, 1)) for i in range(pairs)]
+
+
+def _published_tables(config: RetNetConfig) -> dict[str, Tensor]:
+    """The same constants as torchscale stores them: theta twice a pair."""
+    angle = torch.tensor(_theta(config)).repeat_interleave(2)
+    return {HEADS_KEY: _tables(config)["decay"], HEADS_KEY.replace("decay", "angle"): angle}
 
 
 def _init(module: nn.Module, seed: int) -> None:
@@ -322,26 +387,9 @@ def _from_training(config: RetNetConfig, tensors: Mapping[str, Tensor]) -> dict[
     return {**{k: v.detach() for k, v in tensors.items()}, **_tables(config)}
 
 
-#: torchscale's RetNetDecoder -> here
-_TORCHSCALE = (
-    ("embed_tokens.", "embed."),
-    ("output_projection.", "head."),
-    (".retention_layer_norm.", ".retention_norm."),
-    (".final_layer_norm.", ".ffn_norm."),
-    ("layer_norm.", "norm."),
-)
-_HEADS = "retnet_rel_pos.decay"
-#: options of torchscale that change the function and are not computed here, by what their keys contain
-_OTHERS = {
-    "a norm behind its embedding": "layernorm_embedding.",
-    "a mixture of experts": ".moe_layer.",
-    "multiway networks": ".q_proj.A.",
-}
-
-
 def _layout(raw: RawCheckpoint) -> str | None:
-    if any(key.endswith(_HEADS) for key in raw.tensors):
-        return "it has torchscale's retnet_rel_pos.decay"
+    if any(key.endswith(HEADS_KEY) for key in raw.tensors):
+        return f"it has torchscale's {HEADS_KEY}"
     return None
 
 
@@ -349,7 +397,7 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
     config = own_config(raw, "retnet", RetNetConfig)
     if config is not None:
         return _checked(raw, config, dict(raw.tensors))
-    if any(key.endswith(_HEADS) for key in raw.tensors):
+    if any(key.endswith(HEADS_KEY) for key in raw.tensors):
         return _load_torchscale(raw)
     raise CheckpointError(
         "this is not a RetNet checkpoint that can be read",
@@ -359,36 +407,19 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
 
 
 def _load_torchscale(raw: RawCheckpoint) -> LoadedModel:
-    """torchscale's decoder with normalisation before each block, its default; sizes from the shapes."""
-    prefix = next(key for key in raw.tensors if key.endswith(_HEADS)).removesuffix(_HEADS)
-    found = {k.removeprefix(prefix): v for k, v in raw.tensors.items() if k.startswith(prefix)}
-    for what, mark in _OTHERS.items():
-        hit = next((k for k in found if mark in k), None)
-        if hit is not None:
-            raise CheckpointError(f"a RetNet with {what} can't be read", got=f"{hit!r} in {raw.path.name}")
-    first = ("retention.v_proj.weight", "ffn.fc1.weight", "retention_layer_norm.weight")
-    needed = ("embed_tokens.weight", "layer_norm.weight", *(f"layers.0.{k}" for k in first))
-    require_keys(raw, tuple(prefix + key for key in needed), "retnet (torchscale)")
-    vocab, width = found["embed_tokens.weight"].shape
-    config = RetNetConfig(
-        vocab_size=vocab,
-        width=width,
-        layers=1 + max(int(k.split(".")[1]) for k in found if k.startswith("layers.")),
-        heads=found[_HEADS].shape[0],
-        ffn=found["layers.0.ffn.fc1.weight"].shape[0],
-        value_factor=found["layers.0.retention.v_proj.weight"].shape[0] / width,
-        rms="layers.0.retention_layer_norm.bias" not in found,
-        glu="layers.0.ffn.gate.weight" in found,
-    )
-    found.setdefault("output_projection.weight", found["embed_tokens.weight"])
-    renamed = {}
-    for key, tensor in found.items():
-        for theirs, ours in _TORCHSCALE:
-            if theirs in key:
-                key = key.replace(theirs, ours)
-                break
-        renamed[key] = tensor
-    return _checked(raw, config, renamed)
+    """torchscale's decoder; what is neither used nor the constants that it stores is refused."""
+    fields, found, notes = from_torchscale(raw)
+    try:
+        config = RetNetConfig(**fields)
+    except InputError as error:
+        raise CheckpointError("torchscale's options are not those of a RetNet", got=error) from error
+    for name, ours in _published_tables(config).items():
+        theirs = found.pop(name, ours)
+        if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, rtol=1e-2):
+            raise CheckpointError(
+                f"{name} is not what a RetNet of its size has", got=theirs.tolist(), allowed=ours.tolist()
+            )
+    return dataclasses.replace(_checked(raw, config, found), notes=notes)
 
 
 def _checked(raw: RawCheckpoint, config: RetNetConfig, found: dict[str, Tensor]) -> LoadedModel:
@@ -396,6 +427,12 @@ def _checked(raw: RawCheckpoint, config: RetNetConfig, found: dict[str, Tensor])
     with torch.device("meta"):
         wanted = {k: v.shape for k, v in RetNet(config).state_dict().items()}
     tensors = _from_training(config, {k: v for k, v in found.items() if k in wanted})
+    strange = [k for k in found if k not in wanted]
+    if strange:
+        raise CheckpointError(
+            f"{len(strange)} tensors of this checkpoint belong to no RetNet that is known here",
+            got=f"{raw.path.name}: among others {', '.join(strange[:4])}",
+        )
     missing = [k for k in wanted if k not in tensors]
     if missing:
         raise CheckpointError(
@@ -417,13 +454,20 @@ def _sized(layers: int, width: int, heads: int) -> RetNetConfig:
     return RetNetConfig(vocab_size=100288, width=width, layers=layers, heads=heads, ffn=2 * width)
 
 
+_TINY: dict[str, Any] = {"vocab_size": 29, "width": 32, "layers": 2, "heads": 2, "ffn": 48}
+
 FAMILY = Family(
     name="retnet",
     title="RetNet: multi-scale retention (arXiv 2307.08621)",
     sources=("https://arxiv.org/abs/2307.08621", "https://github.com/microsoft/torchscale"),
     config=RetNetConfig,
     presets={
-        "tiny": RetNetConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48),
+        "tiny": RetNetConfig(**_TINY),
+        "tiny-deepnorm": RetNetConfig(
+            **_TINY
+            | {"rms": True, "glu": True, "norms_behind": True, "deepnorm": True, "embedding_norm": True}
+            | {"scale_embedding": True, "activation": "swish"}
+        ),
         "zoo": RetNetConfig(),
         "1.3b": _sized(24, 2048, 8),
         "2.7b": _sized(32, 2560, 10),

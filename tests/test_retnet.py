@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from xexport.models.retnet import RetNet, RetNetConfig, RetNetTrain
 FAMILY = get_family("retnet")
 TINY: RetNetConfig = FAMILY.presets["tiny"]
 VARIANT = dataclasses.replace(TINY, rms=True, glu=True, value_factor=1, heads=4)
+DEEPNORM: RetNetConfig = FAMILY.presets["tiny-deepnorm"]
 
 
 def made(config: RetNetConfig = TINY, seed: int = 0) -> RetNet:
@@ -45,7 +47,7 @@ def made(config: RetNetConfig = TINY, seed: int = 0) -> RetNet:
     batch=st.integers(1, 3),
     seed=st.integers(0, 999),
     position=st.sampled_from([0, 1, 100_003, 2**32 + 5]),
-    config=st.sampled_from([TINY, VARIANT]),
+    config=st.sampled_from([TINY, VARIANT, DEEPNORM]),
 )
 def test_chunk_law(
     length: int, cuts: list[int], batch: int, seed: int, position: int, config: RetNetConfig
@@ -57,7 +59,7 @@ def test_chunk_law(
     assert_same(in_chunks(module, x, state, cuts), module(x, *state), TOLERANCES["model_fp32"])
 
 
-@pytest.mark.parametrize("config", [TINY, VARIANT], ids=["paper", "torchscale"])
+@pytest.mark.parametrize("config", [TINY, VARIANT, DEEPNORM], ids=["paper", "torchscale", "deepnorm"])
 @pytest.mark.parametrize("length", [1, 7, 129, 260])
 def test_training_form_is_the_same_function(config: RetNetConfig, length: int) -> None:
     """Also across its own chunks of 128."""
@@ -256,61 +258,143 @@ def torchscale_decoder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Modu
     decoder = importlib.import_module("torchscale.architecture.retnet").RetNetDecoder
     its_config = importlib.import_module("torchscale.architecture.config").RetNetConfig
 
-    def make(**sizes: float) -> nn.Module:
+    def make(**sizes: Any) -> nn.Module:
         args = its_config(**sizes)
+        args.decoder_normalize_before = sizes.get("decoder_normalize_before", args.decoder_normalize_before)
         made: nn.Module = decoder(args, nn.Embedding(args.vocab_size, args.decoder_embed_dim))
         return made.eval().requires_grad_(False)
 
     return make
 
 
+#: a fresh decoder's head outputs are tiny, and the norms' usual epsilon would act on them
+SIZES: dict[str, Any] = {
+    "decoder_embed_dim": 32,
+    "decoder_value_embed_dim": 48,
+    "decoder_retention_heads": 2,
+    "decoder_ffn_embed_dim": 40,
+    "decoder_layers": 2,
+    "vocab_size": 29,
+    "layernorm_eps": 1e-12,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {"no_scale_embedding": True},
+    "deepnorm": {"deepnorm": True, "layernorm_embedding": True, "activation_fn": "relu"},
+    "example": {"no_scale_embedding": False, "activation_fn": "swish", "layernorm_embedding": True},
+    # releases after 0.3 keep the norms before each layer, with the weighted stream
+    "deepnorm-before": {"deepnorm": True, "decoder_normalize_before": True},
+}
+
+
+def folder(path: Path, oracle: nn.Module, config: dict[str, Any], prefix: str = "") -> Path:
+    """A folder of its weights and config.json."""
+    path.mkdir()
+    torch.save({prefix + k: v for k, v in oracle.state_dict().items()}, path / "model.pth")
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
 @pytest.mark.oracle
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("prefix", ["", "decoder."])
 def test_torchscale_checkpoint(
-    tmp_path: Path, torchscale_decoder: Callable[..., nn.Module], prefix: str
+    tmp_path: Path, torchscale_decoder: Callable[..., nn.Module], prefix: str, options: str
 ) -> None:
-    """A file of its state dict loads, and the whole decoder agrees.
-
-    Fresh weights give tiny head outputs, on which the norms' usual epsilon acts: it is 1e-12 here.
-    """
-    oracle = torchscale_decoder(
-        decoder_embed_dim=32,
-        decoder_value_embed_dim=48,
-        decoder_retention_heads=2,
-        decoder_ffn_embed_dim=40,
-        decoder_layers=2,
-        vocab_size=29,
-        layernorm_eps=1e-12,
-    )
-    torch.save({prefix + k: v for k, v in oracle.state_dict().items()}, tmp_path / "model.pth")
-    raw = open_checkpoint(tmp_path / "model.pth")
+    """A folder of its state dict and options loads, and the whole decoder agrees."""
+    row = SIZES | OPTIONS[options]
+    oracle = torchscale_decoder(**row)
+    raw = open_checkpoint(folder(tmp_path / "a", oracle, row, prefix))
     assert FAMILY.recognise(raw)
     loaded = FAMILY.load(raw)
-    module = FAMILY.build(dataclasses.replace(loaded.config, eps=1e-12))
+    module = FAMILY.build(loaded.config).eval()
     module.load_state_dict(loaded.tensors)
     x = tokens(2, 40)
     with torch.no_grad():
         assert_same([module(x, *fresh(module, 2))[0]], [oracle(x)[0]], TOLERANCES["oracle_fp32"])
-
-
-@pytest.mark.parametrize(
-    ("key", "text"),
-    [("layernorm_embedding.weight", "norm behind"), ("layers.0.moe_layer.gate.wg.weight", "experts")],
-)
-def test_other_options_of_torchscale_are_refused(tmp_path: Path, key: str, text: str) -> None:
-    """They would change the function, and nothing else in the file says so."""
-    save_file({"retnet_rel_pos.decay": torch.zeros(2), key: torch.ones(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=text):
-        FAMILY.load(open_checkpoint(tmp_path / "a.safetensors"))
+    said = " ".join(loaded.notes)
+    assert all((f"{key} = " in said) == (key not in row) for key in ("activation_fn", "deepnorm"))
 
 
 @pytest.mark.oracle
-def test_torchscale_with_norms_behind_is_refused(
-    tmp_path: Path, torchscale_decoder: Callable[..., nn.Module]
+@pytest.mark.parametrize("option", ["activation_fn", "no_scale_embedding", "deepnorm"])
+def test_each_option_changes_the_function(
+    tmp_path: Path, torchscale_decoder: Callable[..., nn.Module], option: str
 ) -> None:
-    oracle = torchscale_decoder(
-        decoder_embed_dim=32, decoder_value_embed_dim=32, decoder_layers=1, vocab_size=9, deepnorm=True
-    )
-    torch.save(oracle.state_dict(), tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match="expected tensors are missing"):
-        FAMILY.load(open_checkpoint(tmp_path / "model.pth"))
+    """What no tensor shows is not ignored: another value gives other logits, none gives a note."""
+    values = {"activation_fn": "swish", "no_scale_embedding": False, "deepnorm": True}
+    oracle = torchscale_decoder(**SIZES)
+    raw = open_checkpoint(folder(tmp_path / "a", oracle, SIZES))
+    other = open_checkpoint(folder(tmp_path / "b", oracle, SIZES | {option: values[option]}))
+    logits = []
+    for loaded in (FAMILY.load(raw), FAMILY.load(other)):
+        module = FAMILY.build(loaded.config).eval().requires_grad_(False)
+        module.load_state_dict(loaded.tensors)
+        logits.append(module(tokens(1, 9), *fresh(module, 1))[0])
+    assert float((logits[0] - logits[1]).abs().max()) > 1e-3
+    assert any(option in note for note in FAMILY.load(raw).notes)
+
+
+def torchscale_like(**extra: Tensor) -> dict[str, Tensor]:
+    """Tensors under torchscale's names, of width 8, with its constants."""
+    angle = torch.tensor([1.0, 1.0, 1e-4, 1e-4])
+    layer = {"retention.v_proj.weight": (8, 8), "ffn.fc1.weight": (12, 8), "ffn.fc2.weight": (8, 12)}
+    layer |= {f"retention.{n}_proj.weight": (8, 8) for n in ("q", "k", "g", "out")}
+    layer |= {"retention_layer_norm.weight": (8,), "final_layer_norm.weight": (8,)}
+    found = {f"layers.0.{k}": torch.ones(shape) for k, shape in layer.items()}
+    found |= {"embed_tokens.weight": torch.ones(5, 8), "retnet_rel_pos.angle": angle}
+    decay = torch.log(1 - 2.0 ** (-5 - torch.arange(2)))
+    return {**found, "layer_norm.weight": torch.ones(8), "retnet_rel_pos.decay": decay, **extra}
+
+
+def test_a_bare_state_dict_says_what_was_assumed(tmp_path: Path) -> None:
+    """All four options that no tensor shows, and the head that it lacks."""
+    save_file(torchscale_like(), tmp_path / "a.safetensors")
+    said = " ".join(FAMILY.load(open_checkpoint(tmp_path / "a.safetensors")).notes)
+    for part in ("activation_fn = gelu", "no_scale_embedding = True", "deepnorm = False", "layernorm_eps"):
+        assert part in said
+    assert "the head is taken to be the embedding" in said
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        ({"layers.0.moe_layer.gate.wg.weight": torch.ones(3)}, "experts.*how the sequence is cut"),
+        ({"layers.0.retention.q_proj.A.weight": torch.ones(3)}, "multiway"),
+        ({"layers.0.ffn.fc3.weight": torch.ones(3)}, "belong to no RetNet.*fc3"),
+        ({"retnet_rel_pos.decay": torch.tensor([-0.5, -0.1])}, "decay is not what a RetNet"),
+        ({"retnet_rel_pos.angle": torch.ones(4)}, "angle is not what a RetNet"),
+    ],
+)
+def test_what_is_not_computed_is_refused(tmp_path: Path, extra: dict[str, Tensor], text: str) -> None:
+    save_file(torchscale_like(**extra), tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=f"(?s){text}"):
+        FAMILY.load(open_checkpoint(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"activation_fn": "tanh"}, "unknown activation"),
+        ({"deepnorm": "yes"}, "malformed deepnorm"),
+        ({"layernorm_eps": "small"}, "malformed layernorm_eps"),
+        ({"no_output_layer": True}, "without a head"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path: Path, config: dict[str, Any], text: str) -> None:
+    save_file(torchscale_like(), tmp_path / "a.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=text):
+        FAMILY.load(open_checkpoint(tmp_path))
+
+
+def test_norms_behind_need_a_word_on_deepnorm(tmp_path: Path) -> None:
+    """No tensor shows how the residual stream is weighted, and either is possible."""
+    found = torchscale_like()
+    del found["layer_norm.weight"]
+    save_file(found, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="does not say deepnorm"):
+        FAMILY.load(open_checkpoint(tmp_path / "a.safetensors"))
+    for said in (True, False):
+        (tmp_path / "config.json").write_text(json.dumps({"deepnorm": said}))
+        config = FAMILY.load(open_checkpoint(tmp_path)).config
+        assert (config.norms_behind, config.deepnorm) == (True, said)
