@@ -37,16 +37,16 @@ position embeddings need it; without (simple or conv, ``positions=False``) the s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
-from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._aft import KEY, AftConfig, Block, Mixer, filter_weights
+from xexport.models._aft_image import AftImage, AftImageTraining, image_tensors
 from xexport.models._chunk import FromFirstState, layer_states
 from xexport.ops.band_product.reference import band_product
 from xexport.ops.cached_attention.reference import cached_attention
@@ -55,98 +55,8 @@ from xexport.ops.wkv4.reference import wkv4
 
 __all__ = ["FAMILY", "Aft", "AftConfig", "AftTraining"]
 
-#: exp(40 + 20) times 10^11 values is within float32
-_KEY, _BIAS = 40.0, 20.0
 
-
-@dataclass(frozen=True)
-class AftConfig:
-    """Sizes and kind of an AFT.
-
-    Attributes:
-        kind: ``simple``, ``full``, ``local`` or ``conv``.
-        vocab_size, width, layers: V, d, number of blocks.
-        ffn: inner width of the feed-forward network.
-        max_tokens: L, the longest stream of a model with positions.
-        window: s, of local and conv.
-        rank: r, of full and local.
-        heads: h, of conv; a divisor of the width.
-        positions: learned position embeddings; full and local are bounded by L without them too.
-        eps: epsilon of the layer norms.
-    """
-
-    kind: str = "local"
-    vocab_size: int = 256
-    width: int = 160
-    layers: int = 5
-    ffn: int = 640
-    max_tokens: int = 2048
-    window: int = 32
-    rank: int = 64
-    heads: int = 32
-    positions: bool = True
-    eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if self.kind not in _MIXERS:
-            raise InputError("unknown kind of AFT", got=self.kind, allowed=", ".join(_MIXERS))
-        sizes = (self.vocab_size, self.width, self.layers, self.ffn, self.max_tokens, self.rank, self.heads)
-        if min(sizes) < 1:
-            raise InputError("an AFT size is too small", got=self)
-        if self.window < 2:
-            raise InputError("the window of an AFT is too small", got=self.window, allowed="2 or more")
-        if self.kind == "conv" and self.width % self.heads:
-            raise InputError(
-                "the width of an AFT-conv must be a multiple of its heads", got=(self.width, self.heads)
-            )
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there is a last token."""
-        return self.positions or self.kind in ("full", "local")
-
-
-class _Mixer(nn.Module):
-    """Projections and the gate; a kind adds its sums."""
-
-    def __init__(self, c: AftConfig) -> None:
-        super().__init__()
-        self.c = c
-        self.q_proj = nn.Linear(c.width, c.width, bias=False)
-        self.k_proj = nn.Linear(c.width, c.heads if c.kind == "conv" else c.width, bias=False)
-        self.v_proj = nn.Linear(c.width, c.width, bias=False)
-        self.o_proj = nn.Linear(c.width, c.width)
-
-    @staticmethod
-    def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
-        """Names and shapes of one layer's state."""
-        raise NotImplementedError
-
-    def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """x [B,T,d] -> the weighted average [B,T,d] before the gate, and the new state."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """x [B,T,d] -> (y [B,T,d], the new state)."""
-        y, *new = self.average(x, here, *state)
-        gated: Tensor = self.o_proj(torch.sigmoid(self.q_proj(x)) * y)
-        return (gated, *new)
-
-    def terms(self, x: Tensor) -> Tensor:
-        """exp(k) v and exp(k) side by side: [B,T,C]."""
-        weight = self.k_proj(x).clamp(-_KEY, _KEY).exp()
-        return torch.cat((self.spread(weight) * self.v_proj(x), weight), -1)
-
-    def quotient(self, sums: Tensor) -> Tensor:
-        """[B,T,C] -> [B,T,d]."""
-        return sums[..., : self.c.width] / self.spread(sums[..., self.c.width :])
-
-    def spread(self, key: Tensor) -> Tensor:
-        """One number a key -> one a channel."""
-        return key
-
-
-class _Simple(_Mixer):
+class _Simple(Mixer):
     @staticmethod
     def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
         return dict.fromkeys(("aa", "bb", "pp"), ("B", c.width))
@@ -156,7 +66,7 @@ class _Simple(_Mixer):
         return wkv4(zero, zero, self.k_proj(x), self.v_proj(x), *state)
 
 
-class _Full(_Mixer):
+class _Full(Mixer):
     def __init__(self, c: AftConfig) -> None:
         super().__init__(c)
         self.u, self.v = (nn.Parameter(torch.zeros(c.max_tokens, c.rank)) for _ in range(2))
@@ -197,7 +107,7 @@ def _left_behind(terms: Tensor, window: Tensor, sums: Tensor) -> tuple[Tensor, T
     return rows, behind[:, :length], rows[:, length:], behind[:, length]
 
 
-class _Local(_Mixer):
+class _Local(Mixer):
     """The chunk form holds the weights that u and v make, see :func:`_weights`."""
 
     weight: Tensor
@@ -237,11 +147,11 @@ def _weights(u: Tensor, v: Tensor, window: int) -> Tensor:
     where there are rows of zeros); the last is that of everything before. One factor a row cancels in AFT_t.
     """
     bias = torch.einsum("tr,trj->tj", u, F.pad(v, (0, 0, window - 1, 0)).unfold(0, window, 1))
-    bias = F.pad(bias.clamp(min=-_KEY), (0, 1))
+    bias = F.pad(bias.clamp(min=-KEY), (0, 1))
     return (bias - bias.amax(-1, keepdim=True)).exp()
 
 
-class _Conv(_Mixer):
+class _Conv(Mixer):
     def __init__(self, c: AftConfig) -> None:
         super().__init__(c)
         self.filter = nn.Parameter(torch.zeros(c.heads, c.window))
@@ -252,9 +162,6 @@ class _Conv(_Mixer):
         terms = c.width + c.heads
         return {"window": ("B", c.window - 1, terms), "sums": ("B", terms)}
 
-    def spread(self, key: Tensor) -> Tensor:
-        return key.repeat_interleave(self.c.width // self.c.heads, -1)
-
     def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         terms = self.terms(x)
         taps = self.taps()
@@ -264,29 +171,12 @@ class _Conv(_Mixer):
 
     def taps(self) -> Tensor:
         """exp(w) for every summed number, [s,C], the present token's last."""
-        centred = self.filter - self.filter.mean(-1, keepdim=True)
-        w = self.gain[:, None] * centred / self.filter.std(-1, keepdim=True) + self.shift[:, None]
-        weight = w.clamp(-_KEY, _BIAS).exp().t()
+        weight = filter_weights(self.filter, self.gain, self.shift).t()
         return torch.cat((self.spread(weight), weight), -1)
 
 
-_MIXERS: dict[str, type[_Mixer]] = {"simple": _Simple, "full": _Full, "local": _Local, "conv": _Conv}
-_TRAINED: dict[str, type[_Mixer]] = {**_MIXERS, "full": _FullTraining, "local": _LocalTraining}
-
-
-class _Block(nn.Module):
-    def __init__(self, c: AftConfig, mixer: _Mixer) -> None:
-        super().__init__()
-        self.mixer_norm = nn.LayerNorm(c.width, c.eps)
-        self.mixer = mixer
-        self.ffn_norm = nn.LayerNorm(c.width, c.eps)
-        self.fc1 = nn.Linear(c.width, c.ffn)
-        self.fc2 = nn.Linear(c.ffn, c.width)
-
-    def ffn(self, x: Tensor) -> Tensor:
-        """``x`` with the feed-forward network's output added."""
-        y: Tensor = self.fc2(F.gelu(self.fc1(self.ffn_norm(x))))
-        return x + y
+_MIXERS: dict[str, type[Mixer]] = {"simple": _Simple, "full": _Full, "local": _Local, "conv": _Conv}
+_TRAINED: dict[str, type[Mixer]] = {**_MIXERS, "full": _FullTraining, "local": _LocalTraining}
 
 
 class Aft(nn.Module):
@@ -295,7 +185,7 @@ class Aft(nn.Module):
     Where the stream is bounded, position + T must not exceed ``max_tokens``: a runtime checks it beforehand.
     """
 
-    mixers: Mapping[str, type[_Mixer]] = _MIXERS
+    mixers: Mapping[str, type[Mixer]] = _MIXERS
 
     def __init__(self, config: AftConfig) -> None:
         super().__init__()
@@ -305,7 +195,7 @@ class Aft(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.place = nn.Embedding(config.max_tokens, config.width) if config.positions else None
         self.layers = nn.ModuleList(
-            _Block(config, self.mixers[config.kind](config)) for _ in range(config.layers)
+            Block(config, self.mixers[config.kind](config)) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width, config.eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -318,7 +208,7 @@ class Aft(nn.Module):
             specs = [StateSpec(s.name, s.shape, init=-1e30 if s.name.endswith("pp") else 0.0) for s in specs]
         return [*specs, StateSpec("position", (1,), "int64")] if c.bounded else specs
 
-    def blocks(self) -> list[_Block]:
+    def blocks(self) -> list[Block]:
         """The blocks in their order."""
         return list(self.layers)  # type: ignore[arg-type]
 
@@ -344,8 +234,18 @@ class AftTraining(FromFirstState, Aft):
     mixers = _TRAINED
 
 
+def _build(config: AftConfig) -> nn.Module:
+    return AftImage(config) if config.kind == "image" else Aft(config)
+
+
+def _train_form(config: AftConfig) -> nn.Module:
+    return AftImageTraining(config) if config.kind == "image" else AftTraining(config)
+
+
 def _from_training(config: AftConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, with the weights that local's u and v make in their place."""
+    """The same tensors, with the weights that local's u and v, or an image's filters, make in their place."""
+    if config.kind == "image":
+        return image_tensors(config, tensors)
     result = {name: value.detach() for name, value in tensors.items()}
     if config.kind == "local":
         for i in range(config.layers):
@@ -362,9 +262,9 @@ def _init(module: nn.Module, seed: int) -> None:
     by sqrt(2 * layers); the head starts small. Of the positions, as [1] has it: u and v are N(0, 10^-2), gain
     and shift of conv 0.
     """
-    assert isinstance(module, Aft)
-    if not isinstance(module, AftTraining):
-        train = AftTraining(module.config)
+    assert isinstance(module, (Aft, AftImage))
+    if not isinstance(module, (AftTraining, AftImageTraining)):
+        train = _train_form(module.config)
         _init(train, seed)
         module.load_state_dict(_from_training(module.config, train.state_dict()))
         return
@@ -375,7 +275,7 @@ def _init(module: nn.Module, seed: int) -> None:
             if p.ndim < 2:
                 p.fill_(0.0 if leaf in ("bias", "gain", "shift") else 1.0)
                 continue
-            std = p.shape[1] ** -0.5
+            std = p.shape[-1] ** -0.5
             if name.endswith(("o_proj.weight", "fc2.weight")):
                 std *= (2 * c.layers) ** -0.5
             elif leaf in ("u", "v"):
@@ -394,13 +294,13 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
         raw, "aft", AftConfig, title="an AFT", fix="none was published: the paper's authors gave no code"
     )
     with torch.device("meta"):
-        trained, wanted = AftTraining(config), Aft(config)
+        trained, wanted = _train_form(config), _build(config)
     tensors = _from_training(config, match_tensors(raw.tensors, trained, raw.path.name))
     return LoadedModel(
         family="aft",
         config=config,
         tensors=match_tensors(tensors, wanted, raw.path.name),
-        tokenizer="bytes" if config.vocab_size == 256 else None,
+        tokenizer="bytes" if config.vocab_size == 256 and config.kind != "image" else None,
         source=str(raw.path),
     )
 
@@ -419,6 +319,9 @@ FAMILY = Family(
         "tiny-simple": _tiny("simple", positions=False),
         "tiny-full": _tiny("full"),
         "tiny-conv": _tiny("conv", positions=False),
+        "tiny-image": AftConfig(
+            "image", 11, 32, 2, 48, window=3, heads=4, positions=False, grid=(4, 5), patch=12
+        ),
         "zoo": AftConfig(),
         # enwik8, table 4 of [1]
         "local-32": AftConfig("local", 256, 256, 24, 1024, 1024, window=32, rank=256),
@@ -427,14 +330,22 @@ FAMILY = Family(
         "full": AftConfig("full", 256, 256, 24, 1024, 1024, rank=256),
         # the heads and window of table 7, in the language model's sizes
         "conv-32-11": AftConfig("conv", 256, 256, 24, 1024, 1024, window=11, heads=32, positions=False),
+        # 1000 classes of 224 x 224 x 3 in patches of 16 x 16, in the sizes of DeiT's two smaller models
+        "image-tiny": AftConfig(
+            "image", 1000, 192, 12, 768, window=11, heads=32, positions=False, grid=(14, 14), patch=768
+        ),
+        "image-small": AftConfig(
+            "image", 1000, 384, 12, 1536, window=11, heads=32, positions=False, grid=(14, 14), patch=768
+        ),
     },
-    build=Aft,
+    build=_build,
     load=_load,
-    train_form=AftTraining,
+    train_form=_train_form,
     from_training=_from_training,
     init=_init,
     roles=(
         ("embed.*", "embedding"),
+        ("patches.weight", "projection"),
         ("place.*", "embedding"),
         ("head.*", "head"),
         ("*norm.*", "norm"),

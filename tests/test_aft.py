@@ -34,7 +34,10 @@ from xexport.core.registry import get_family
 from xexport.models.aft import AftConfig, AftTraining
 
 FAMILY = get_family("aft")
-VARIANTS: dict[str, AftConfig] = {k: v for k, v in FAMILY.presets.items() if k.startswith("tiny")}
+IMAGE: AftConfig = FAMILY.presets["tiny-image"]
+VARIANTS: dict[str, AftConfig] = {
+    k: v for k, v in FAMILY.presets.items() if k.startswith("tiny") and v is not IMAGE
+}
 TINY = VARIANTS["tiny"]
 each_variant = pytest.mark.parametrize("name", VARIANTS)
 
@@ -80,6 +83,87 @@ def test_formulas_of_the_paper(name: str) -> None:
     module = trained(FAMILY, VARIANTS[name], noise=0.3)
     x = torch.randn(21, 32)
     assert error(mixed(module, x), by_equations(module, x)) < TOLERANCES["oracle_fp32"]
+
+
+def image_by_equations(module: Any, x: Tensor) -> Tensor:
+    """Equations 2, 6 and 8 on two axes, x [R*S,d], one pair of patches at a time, in double precision."""
+    c, mixer = module.config, module.blocks()[0].mixer
+    w = {name: p.detach().double() for name, p in mixer.named_parameters()}
+    x = x.double()
+    q, k, v = (x @ w[f"{name}_proj.weight"].T for name in "qkv")
+    places, half = [divmod(t, c.grid[1]) for t in range(x.shape[0])], c.window // 2
+    rows = []
+    for t, (row, column) in enumerate(places):
+        bias = torch.zeros(len(places), c.heads, dtype=torch.float64)
+        for u, (other_row, other_column) in enumerate(places):
+            down, right = other_row - row, other_column - column
+            if max(abs(down), abs(right)) <= half:
+                taps = w["filter"].flatten(1)
+                tap = (w["filter"][:, half + down, half + right] - taps.mean(1)) / taps.std(1)
+                bias[u] = w["gain"] * tap + w["shift"]
+        weight = (k + bias).exp().repeat_interleave(c.width // c.heads, 1)
+        rows.append(torch.sigmoid(q[t]) * (weight * v).sum(0) / weight.sum(0))
+    return (torch.stack(rows) @ w["o_proj.weight"].T + w["o_proj.bias"]).float()
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("grid", "window"), [((4, 5), 3), ((1, 6), 5), ((3, 2), 7), ((5, 5), 5)])
+def test_images_follow_the_formulas_of_the_paper(grid: tuple[int, int], window: int) -> None:
+    """Windows within the image, as long as one side, and larger than all of it."""
+    module = trained(FAMILY, dataclasses.replace(IMAGE, grid=grid, window=window), noise=0.3)
+    x = torch.randn(grid[0] * grid[1], 32)
+    mixer = chunk_form(FAMILY, module).blocks()[0].mixer
+    assert (
+        error(mixer(x[None], torch.arange(0))[0][0], image_by_equations(module, x))
+        < TOLERANCES["oracle_fp32"]
+    )
+
+
+def test_an_image_in_patches() -> None:
+    """The training form is the exported one; every parameter learns; places count."""
+    module = trained(FAMILY, IMAGE, noise=0.3)
+    x = torch.randn(3, 20, 12)
+    want = chunk_form(FAMILY, module)(x)[0]
+    assert want.shape == (3, 1, 11)
+    module.requires_grad_(True)
+    got = module(x)
+    assert error(got.detach(), want) < TOLERANCES["model_fp32"]
+    got.log_softmax(-1)[..., 3].mean().backward()
+    assert [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    moved = chunk_form(FAMILY, module)(x.flip(1))[0]
+    assert error(moved, want) > 1e-4  # its place counts, though nothing else says where a patch is
+
+
+def test_large_keys_and_filters_of_an_image_do_not_overflow() -> None:
+    module = trained(FAMILY, IMAGE, noise=0.3)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name.endswith(("k_proj.weight", ".gain")):
+                p.mul_(200)
+    assert bool(chunk_form(FAMILY, module)(torch.randn(1, 20, 12))[0].isfinite().all())
+
+
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
+def test_images_export(exporter: Any, tmp_path: Path, target: str) -> None:
+    """One image a call, of one size; nothing is carried."""
+    bundle = xexport.load(
+        exporter.export("aft", target, tmp_path / "out", preset="tiny-image", eval_text=None)
+    )
+    module: Any = FAMILY.build(IMAGE).eval().requires_grad_(False)
+    FAMILY.init(module, 0)
+    images = np.random.default_rng(0).standard_normal((2, 20, 12), "float32")
+    got, want = bundle.stream(batch=2).feed(images), module(torch.from_numpy(images))[0].numpy()
+    assert got.shape == want.shape == (2, 1, 11)
+    allowed = TOLERANCES[f"tiny_logits_{target.removeprefix('cpu-')}"]
+    assert np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) < allowed
+    with pytest.raises(InputError, match="one length: 20 frames"):
+        bundle.stream().feed(images[0, :7])
+
+
+def test_own_image_checkpoint_loads(tmp_path: Path) -> None:
+    module = trained(FAMILY, IMAGE, noise=0.3)
+    check_own_file(FAMILY, IMAGE, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)
+    check_init(FAMILY, IMAGE)
 
 
 @pytest.mark.oracle
@@ -211,6 +295,8 @@ def test_own_checkpoint_loads(tmp_path: Path) -> None:
         ({"layers": 0}, "too small"),
         ({"window": 1}, "window of an AFT"),
         ({"kind": "conv", "heads": 5}, "multiple of its heads"),
+        ({"kind": "image", "window": 4}, "window that has a middle"),
+        ({"kind": "image", "grid": (0, 5)}, "grid of patches"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> None:
