@@ -1,16 +1,17 @@
-"""Hybrid of Mamba-2 and attention (Bamba, dense Granite 4): most layers keep a state, a few a bounded cache.
+"""Hybrid of Mamba-2 and attention (Bamba, Granite 4): most layers keep a state, a few a bounded cache.
 
 Sources:
     [1] Hugging Face transformers, models/bamba: a Mamba-2 mixer or attention, then SwiGLU, each after an RMS
         norm; half of every attention head is rotated. Its parameter names are used here.
-    [2] Hugging Face transformers, models/granitemoehybrid, without experts: the same with other names, and
-        factors on the embedding, residual branches, scores and logits; rotation or none.
+    [2] Hugging Face transformers, models/granitemoehybrid: the same with other names, factors on the
+        embedding, residual branches, scores and logits, rotation or none, and experts beside the feed-forward
+        network.
     [3] T. Dao and A. Gu, arXiv 2405.21060, section 9.2.3 (a few attention layers among SSD layers), and
         models/_ssd.py.
     [4] A. Vaswani et al., arXiv 1706.03762, and models/transformer.py (rotation, exact positions, the cache).
 
 Symbols (B batch, T tokens, d width, H heads, G heads of keys and values, K head size, L = max_tokens):
-    the mixer's are in models/_ssd.py.
+    the mixer's are in models/_ssd.py, those of the experts in models/_experts.py.
 
 State per Mamba-2 layer: ``conv`` [B,K-1,D+2GN] and ``ssm`` [B,H,N,P]; per attention layer ``keys`` and
 ``values`` [B,G,L,K]; ``position`` [1] int64 if there is an attention layer. Then there is no token L+1.
@@ -31,6 +32,7 @@ from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import RMSNorm
+from xexport.models._experts import EXPERT_ROLES, Experts, experts_from_granite
 from xexport.models._rotary import rope_angles, rotate, turns_of
 from xexport.models._ssd import SSD_ROLES, SsdMixer, SsdSizes, parse_limit, split_in_proj, ssd_init
 from xexport.models.transformer import fused_attention
@@ -50,6 +52,8 @@ class HybridConfig:
         attention: indices of the layers with attention; the others have a Mamba-2 mixer.
         heads, kv_heads: H and G of attention; the head size is d / H.
         ffn: inner width of the feed-forward networks.
+        experts, experts_used, expert_ffn: how many experts there are beside each of them, how many a token
+            has, their inner width; 0 experts is none.
         mamba_heads, mamba_head_size, state_size, groups, conv_kernel: of the mixers.
         max_tokens: L, the longest stream if any layer has attention.
         rotary: how many channels of a head are rotated, 0 for none; rope_base: of the frequencies.
@@ -87,8 +91,17 @@ class HybridConfig:
     residual_factor: float = 1.0
     score_factor: float = 0.0
     logits_divisor: float = 1.0
+    experts: int = 0
+    experts_used: int = 0
+    expert_ffn: int = 0
 
     def __post_init__(self) -> None:
+        if self.experts and not (0 < self.experts_used <= self.experts and self.expert_ffn > 0):
+            raise InputError(
+                "impossible experts",
+                got=f"{self.experts_used} of {self.experts} are used, of inner width {self.expert_ffn}",
+                allowed="at least one of them, and a width of 1 or more",
+            )
         if self.width % self.heads or self.heads % self.kv_heads:
             raise InputError(
                 "the width is no multiple of the heads, or the heads none of kv_heads",
@@ -132,6 +145,10 @@ class HybridConfig:
 
 PRESETS = {
     "tiny": HybridConfig(3, 24, 61, (1,), 2, 1, 40, 4, 12, 8, groups=2, max_tokens=4096, rotary=6),
+    "tiny-experts": HybridConfig(
+        *(3, 24, 61, (1,), 2, 1, 40, 4, 12, 8),
+        **{"groups": 2, "max_tokens": 64, "experts": 5, "experts_used": 2, "expert_ffn": 16},
+    ),
     "zoo": HybridConfig(5, 160, 256, (2,), 5, 5, 320, 10, 32, 32, max_tokens=2048, rotary=16),
     "bamba-9b": HybridConfig(32, 4096, 128256, (9, 18, 27), 32, 8, 14336, 128, 64, 128, rotary=64),
 }
@@ -196,6 +213,7 @@ class _Layer(nn.Module):
         self.mamba = None if attends else SsdMixer(c.mixer)
         self.pre_ff_layernorm = RMSNorm(c.width, c.eps)
         self.feed_forward = _FeedForward(c)
+        self.experts = Experts(c.width, c.experts, c.experts_used, c.expert_ffn) if c.experts else None
 
     def _added(self, x: Tensor, y: Tensor) -> Tensor:
         return x + (y if self.factor == 1.0 else y * self.factor)
@@ -203,7 +221,9 @@ class _Layer(nn.Module):
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's output from its input and what its mixer or attention gave."""
         x = self._added(x, mixed)
-        return self._added(x, self.feed_forward(self.pre_ff_layernorm(x)))
+        z = self.pre_ff_layernorm(x)
+        y = self.feed_forward(z)
+        return self._added(x, y if self.experts is None else y + self.experts(z))
 
 
 class _Decoder(nn.Module):
@@ -356,8 +376,6 @@ def _config_from_hugging_face(raw: RawCheckpoint) -> HybridConfig:
         )
     granite = row["model_type"] == "granitemoehybrid"
     _refuse(row, "hidden_act", ("silu",))
-    if granite:
-        _refuse({"num_local_experts": row.get("num_local_experts", 8)}, "num_local_experts", (0,))
     low, high = parse_limit(raw)
     try:
         width, heads = int(row["hidden_size"]), int(row["num_attention_heads"])
@@ -368,6 +386,9 @@ def _config_from_hugging_face(raw: RawCheckpoint) -> HybridConfig:
             "residual_factor": float(row.get("residual_multiplier", 1.0)),
             "score_factor": float(row.get("attention_multiplier", 1.0)),
             "logits_divisor": float(row.get("logits_scaling", 1.0)),
+            "experts": int(row.get("num_local_experts", 8)),
+            "experts_used": int(row.get("num_experts_per_tok", 2)),
+            "expert_ffn": int(row.get("intermediate_size", 32)),
         }
         return HybridConfig(
             layers=int(row["num_hidden_layers"]),
@@ -417,7 +438,7 @@ def _from_granite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         half = value.shape[0] // 2
         out[f"{place}.feed_forward.gate_proj.{leaf}"] = value[:half]
         out[f"{place}.feed_forward.up_proj.{leaf}"] = value[half:]
-    return out
+    return experts_from_granite(out)
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
@@ -432,6 +453,11 @@ def _load(raw: RawCheckpoint) -> LoadedModel:
         if "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
             notes.append("the head is tied to the embedding: both are written")
+        if config.experts:
+            notes.append(
+                f"all {config.experts} experts of a layer are computed for every token: "
+                f"{config.experts_used} of them count"
+            )
         longest = int(raw.config.get("max_position_embeddings", 0))
         if config.attention and longest > config.max_tokens:
             notes.append(
@@ -474,7 +500,7 @@ def _from_training(config: HybridConfig, tensors: Mapping[str, Tensor]) -> dict[
 
 FAMILY = Family(
     name="hybrid",
-    title="Hybrid of Mamba-2 and attention (Bamba, dense Granite 4)",
+    title="Hybrid of Mamba-2 and attention (Bamba, Granite 4)",
     sources=("arXiv 2405.21060", "transformers models/bamba", "transformers models/granitemoehybrid"),
     config=HybridConfig,
     presets=PRESETS,
@@ -490,6 +516,7 @@ FAMILY = Family(
         ("lm_head.*", "head"),
         ("*norm*", "norm"),
         *SSD_ROLES,
+        *EXPERT_ROLES,
         ("*.self_attn.*.weight", "projection"),
         ("*.feed_forward.*.weight", "projection"),
         ("*", "other"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from chunk_form import (
@@ -47,6 +48,7 @@ OPTIONS = {
     },
     "whole head rotated": {"rotary": 12, "attention": (0, 2)},
     "no attention": {"attention": ()},
+    "experts": {"experts": 5, "experts_used": 2, "expert_ffn": 16},
 }
 
 
@@ -138,6 +140,10 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+LAYOUTS["granite with experts"] = (
+    "GraniteMoeHybrid",
+    {**LAYOUTS["granite"][1], "num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 20},
+)
 LAYOUTS["granite with rope"] = (
     "GraniteMoeHybrid",
     {**LAYOUTS["granite"][1], "position_embedding_type": "rope"},
@@ -176,6 +182,56 @@ def test_parity_with_transformers(tmp_path: Path, layout: str) -> None:
     assert error(torch.cat(pieces, 1), want) < TOLERANCES["oracle_fp32"]
 
 
+@pytest.mark.oracle
+def test_experts_under_the_names_that_transformers_keeps_them(tmp_path: Path) -> None:
+    """A state dict has other names than a saved folder, and the same tensors; the copy is noted."""
+    model = save_hugging_face(tmp_path, "granite with experts")
+    loaded = FAMILY.load(open_checkpoint(tmp_path))
+    assert any("all 6 experts" in note for note in loaded.notes)
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
+    again = FAMILY.load(open_checkpoint(tmp_path)).tensors
+    assert all(torch.equal(again[k], v) for k, v in loaded.tensors.items())
+
+
+def test_experts_are_chosen_by_token() -> None:
+    """Each alone by its own weights, in double precision; gates of all others are 0."""
+    module = random_model(FAMILY, replace(SHORT, **OPTIONS["experts"]))
+    experts = module.model.layers[0].experts.double()
+    x = torch.randn(7, 24, dtype=torch.float64)
+    scores = x @ experts.router.weight.T
+    inner = experts.gate_up_proj.weight.view(5, 2, 16, 24)
+    rows = []
+    for token, score in zip(x, scores, strict=True):
+        best = sorted(range(5), key=lambda e: -float(score[e]))[:2]
+        share = torch.softmax(score[best], 0)
+        y = torch.zeros(24, dtype=torch.float64)
+        for part, e in zip(share, best, strict=True):
+            gate, up = inner[e, 0] @ token, inner[e, 1] @ token
+            y += part * (experts.down_proj.weight[:, e * 16 : e * 16 + 16] @ (gate * gate.sigmoid() * up))
+        rows.append(y)
+    assert error(experts(x), torch.stack(rows)) < TOLERANCES["op_fp32"]
+    assert (experts.gates(x) > 0).sum(-1).tolist() == [2] * 7
+
+
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
+def test_experts_export(exporter: Any, tmp_path: Path, target: str) -> None:
+    preset = "tiny-experts"
+    bundle = xexport.load(exporter.export("hybrid", target, tmp_path / "out", preset=preset))
+    module = FAMILY.build(FAMILY.presets[preset]).eval().requires_grad_(False)
+    FAMILY.init(module, 0)
+    tokens = torch.randint(0, 61, (1, 30), generator=torch.Generator().manual_seed(1))
+    want = module(tokens, *new_state(module, 1))[0].numpy()
+    stream = bundle.stream()
+    parts = [
+        stream.feed(tokens[:, :20].numpy()),
+        *(stream.feed(tokens[:, i : i + 1].numpy()) for i in range(20, 30)),
+    ]
+    got = np.concatenate(parts, 1)
+    allowed = TOLERANCES[f"tiny_logits_{target.removeprefix('cpu-')}"]
+    assert np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)) < allowed
+    assert bundle.manifest.checks["chunk_error_onnx"] < TOLERANCES["model_fp32"]
+
+
 def test_loads_a_file_of_our_own_training(tmp_path: Path) -> None:
     row = {k: v for k, v in vars(TINY).items() if v != vars(type(TINY)).get(k)}
     metadata = {
@@ -196,7 +252,7 @@ def test_loads_a_file_of_our_own_training(tmp_path: Path) -> None:
         ({"model_type": "mamba2"}, "hybrid"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type"),
-        ({"model_type": "granitemoehybrid", "num_local_experts": 4}, "num_local_experts"),
+        ({"model_type": "granitemoehybrid", "num_local_experts": None}, "lacks a size"),
         ({"mamba_n_heads": None}, "lacks a size"),
         ({"time_step_limit": [1, 2, 3]}, "time_step_limit"),
     ],
@@ -211,7 +267,8 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path, change: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    "change", [{"heads": 5}, {"kv_heads": 3}, {"rotary": 5}, {"rotary": 14}, {"attention": (3,)}]
+    "change",
+    [{"heads": 5}, {"kv_heads": 3}, {"rotary": 5}, {"rotary": 14}, {"attention": (3,)}, {"experts": 2}],
 )
 def test_a_bad_configuration_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InputError):
