@@ -112,17 +112,17 @@ def _point_trace(model: str, group: list[Point], colour: str) -> Any:
     )
 
 
-def drift_kl(records: Sequence[Record]) -> str | None:
-    """Mean KL divergence of each window against token index."""
-    return _drift(records, lambda w: w.kl_mean, "mean KL divergence (nats)")
+def drift_kl(records: Sequence[Record], unit: str = "token") -> str | None:
+    """Mean KL divergence of each window against the index of the token or frame."""
+    return _drift(records, unit, lambda w: w.kl_mean, "mean KL divergence (nats)")
 
 
-def drift_state(records: Sequence[Record]) -> str | None:
+def drift_state(records: Sequence[Record], unit: str = "token") -> str | None:
     """Relative error of the worst state tensor where each window ends."""
-    return _drift(records, lambda w: w.worst_state[1], "error of the worst state tensor")
+    return _drift(records, unit, lambda w: w.worst_state[1], "error of the worst state tensor")
 
 
-def _drift(records: Sequence[Record], value: Any, title: str) -> str | None:
+def _drift(records: Sequence[Record], unit: str, value: Any, title: str) -> str | None:
     traces = []
     for runner in ("onnx", "bundle"):
         row = last_of(records, Drift, runner)
@@ -134,7 +134,7 @@ def _drift(records: Sequence[Record], value: Any, title: str) -> str | None:
         if not any(v is not None for v in shown):
             continue
         labels = [
-            f"tokens {w.start:,} to {w.stop:,}<br>worst state {safe_label(w.worst_state[0])}"
+            f"{unit}s {w.start:,} to {w.stop:,}<br>worst state {safe_label(w.worst_state[0])}"
             for w in row.windows
         ]
         traces.append(
@@ -147,7 +147,7 @@ def _drift(records: Sequence[Record], value: Any, title: str) -> str | None:
     values = [v for t in traces for v in t.y if v is not None]
     stops = [v for t in traces for v in t.x]
     return figure_json(
-        traces, {"xaxis": log_axis("token index", stops), "yaxis": log_axis(title, values, least=10.0)}
+        traces, {"xaxis": log_axis(f"{unit} index", stops), "yaxis": log_axis(title, values, least=10.0)}
     )
 
 
@@ -180,7 +180,7 @@ def latency_ecdf(records: Sequence[Record]) -> str | None:
     return figure_json(traces, layout)
 
 
-def position_times(records: Sequence[Record]) -> str | None:
+def position_times(records: Sequence[Record], unit: str = "token") -> str | None:
     """Median step time along the stream: flat for a state of fixed size, rising for a cache."""
     traces = []
     for runner, (name, colour) in RUNNERS.items():
@@ -190,14 +190,14 @@ def position_times(records: Sequence[Record]) -> str | None:
         traces.append(
             trace("scatter", x=[p.position for p in row.positions], y=[p.median_ms for p in row.positions],
                    mode="lines+markers", name=name, line={"color": colour, "width": 2},
-                   hovertemplate="token %{x}: %{y:.4g} ms<extra>%{fullData.name}</extra>")
+                   hovertemplate=f"{unit} " + "%{x}: %{y:.4g} ms<extra>%{fullData.name}</extra>")
         )  # fmt: skip
     if not traces:
         return None
     return figure_json(
         traces,
         {
-            "xaxis": {"title": {"text": "token index"}},
+            "xaxis": {"title": {"text": f"{unit} index"}},
             "yaxis": {"title": {"text": "step time, median (ms)"}, "rangemode": "tozero"},
         },
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from xexport.report import format as fmt
 from xexport.report.charts import COLOURS, figure_json, log_axis, safe_label, trace
-from xexport.report.rivals import Rival
+from xexport.report.rivals import Rival, common_unit
 
 __all__ = ["state_along", "steps_along"]
 
@@ -31,12 +31,12 @@ def steps_along(rivals: Sequence[Rival]) -> str | None:
                   line={"color": colour, "width": 3 if grows else 2},
                   marker={"symbol": "diamond" if grows else "circle", "size": 9 if grows else 7},
                   error_y=_spread(rival),
-                  hovertemplate="token %{x:,}: %{y:.4g} ms<extra>%{fullData.name}</extra>")
+                  hovertemplate=f"{rival.unit} " + "%{x:,}: %{y:.4g} ms<extra>%{fullData.name}</extra>")
         )  # fmt: skip
     if len(traces) < 2:
         return None
     layout = {
-        "xaxis": {"title": {"text": "tokens already in the stream"}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": f"{common_unit(rivals)}s already in the stream"}, "rangemode": "tozero"},
         "yaxis": {"title": {"text": "step time, median (ms)"}, "range": [0, 1.4 * top]},
         "height": 430,
     }
@@ -74,14 +74,15 @@ def state_along(rivals: Sequence[Rival]) -> str | None:
             trace("scatter", x=places, y=used, mode="lines", name=_name(rival),
                   line={"color": colour, "width": 3 if rival.state.grows else 2},
                   text=[fmt.bytes_text(v) for v in used],
-                  hovertemplate="after %{x:,} tokens: %{text}<extra>%{fullData.name}</extra>")
+                  hovertemplate="after %{x:,} " + f"{rival.unit}s: " +
+                  "%{text}<extra>%{fullData.name}</extra>")
         )  # fmt: skip
         if rival.state.bound:
             traces.append(_stop(rival, used[-1], colour))
     axis = log_axis("state in use", values, room=1.2)
     axis["ticktext"] = [fmt.bytes_text(v) for v in axis["tickvals"]]
     layout = {
-        "xaxis": {"title": {"text": "tokens already in the stream"}, "range": [0, end]},
+        "xaxis": {"title": {"text": f"{common_unit(rivals)}s already in the stream"}, "range": [0, end]},
         "yaxis": axis,
         "height": 430,
         "margin": {"l": 72, "r": 20, "t": 36, "b": 50},
@@ -94,7 +95,7 @@ def _stop(rival: Rival, used: float, colour: str) -> Any:
     return trace(
         "scatter", x=[rival.state.bound], y=[used], mode="markers+text", showlegend=False,
         marker={"color": colour, "symbol": "x", "size": 10}, text=["full"], textposition="middle right",
-        hovertemplate=f"longest stream: {rival.state.bound:,} tokens<extra></extra>",
+        hovertemplate=f"longest stream: {rival.state.bound:,} {rival.unit}s<extra></extra>",
     )  # fmt: skip
 
 

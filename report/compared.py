@@ -19,7 +19,7 @@ __all__ = ["comparison"]
 def comparison(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> dict[str, Any]:
     """Keys: models[], findings[], step_ratios[], state_overtakes[].
 
-    A row of ``models``: label, model, target, parameters, weights, bits_per_byte (None for random
+    A row of ``models``: label, model, target, input_unit, parameters, weights, bits_per_byte (None for random
     weights), step_ms{position: median}, prefill_tokens_per_s{length: median}, state{fixed, per_token,
     bound, allocated}. A row of ``step_ratios``: position, of, to, ratio (a step of the one over a step
     of the other), low, high, from rounds made in turns.
@@ -46,6 +46,7 @@ def _model(rival: Rival) -> dict[str, Any]:
         "label": rival.label,
         "model": rival.manifest.model.family,
         "target": rival.manifest.target,
+        "input_unit": rival.unit,
         "parameters": rival.manifest.model.parameters,
         "weights": weights_bytes(rival.manifest),
         "bits_per_byte": number(row.bits_per_byte("candidate")[0]) if row and not rival.random else None,

@@ -40,6 +40,11 @@ def plus_minus(value: float, error: float, places: int | None = None) -> str:
     return f"{value:.{places}f} ± {error:.{places}f}"
 
 
+def step_text(unit: str, count: int) -> str:
+    """What one step of a stream feeds: ``one token``, ``one call of 4 frames``."""
+    return f"one {unit}" if count == 1 else f"one call of {count} {unit}s"
+
+
 def bytes_text(value: float | None) -> str:
     """Decimal units: 2,900,000 is 2.9 MB."""
     if value is None:

@@ -111,12 +111,12 @@ def _bundle(index: int, entry: Entry, figures: _Figures) -> dict[str, Any]:
     from xexport.report import charts
 
     manifest, records = entry
-    prefill = op_times_of(records, "prefill")
+    prefill, unit = op_times_of(records, "prefill"), manifest.model.input.unit
     drawn = {
-        "drift_kl": charts.drift_kl(records),
-        "drift_state": charts.drift_state(records),
+        "drift_kl": charts.drift_kl(records, unit),
+        "drift_state": charts.drift_state(records, unit),
         "ecdf": charts.latency_ecdf(records),
-        "positions": charts.position_times(records),
+        "positions": charts.position_times(records, unit),
         "ops": charts.op_times(op_times_of(records, "step") or op_times_of(records, "whole")),
         "prefill_ops": charts.op_times(prefill),
         "sizes": charts.sizes(manifest),
@@ -125,7 +125,7 @@ def _bundle(index: int, entry: Entry, figures: _Figures) -> dict[str, Any]:
         "id": f"bundle-{index}",
         **bundle_view(manifest, records),
         "ops_title": f"Where a {'step' if manifest.model.contract.streams else 'pass'}'s time goes",
-        "prefill_note": f"One call of {prefill.tokens_per_call} tokens." if prefill else "",
+        "prefill_note": f"One call of {prefill.tokens_per_call} {unit}s." if prefill else "",
         **{name: figures.add(f"{index}-{name}", json) for name, json in drawn.items()},
     }
 

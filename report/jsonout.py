@@ -16,11 +16,12 @@ __all__ = ["report_json", "summary", "warnings_of"]
 def summary(manifest: Manifest, records: Sequence[Record], bundle: str | None = None) -> dict[str, Any]:
     """What ``xexport ... --json`` prints: plain data, None where nothing was measured.
 
-    Keys: model, target, precision, bundle, bytes{weights,state}, bits_per_byte{torch,onnx,bundle},
-    bits_per_byte_se, bits_lost{value,se,percent}, kl{mean,median,p99,max}, same_top1, same_top1_se,
-    max_error, tokens, chunk_error, latency{step_ms{p50,p90,p99}, decode_tokens_per_s,
-    prefill_tokens_per_s, load_ms, first_token_ms}, speedup{torch,onnx}, peak_rss, native_kernels,
-    warnings[]. In the whole-sequence form also form, fixed_length, passes{length: {ms, per_s}}.
+    Keys: model, target, precision, bundle, input_unit (token or frame: what "tokens" in other keys counts),
+    bytes{weights,state}, bits_per_byte{torch,onnx,bundle}, bits_per_byte_se, bits_lost{value,se,percent},
+    kl{mean,median,p99,max}, same_top1, same_top1_se, max_error, tokens, chunk_error,
+    latency{step_ms{p50,p90,p99}, decode_tokens_per_s, prefill_tokens_per_s, step_inputs, load_ms,
+    first_token_ms}, speedup{torch,onnx}, peak_rss, native_kernels, warnings[]. In the whole-sequence form
+    also form, fixed_length, passes{length: {ms, per_s}}.
 
     Args:
         bundle: path to print; None: the name in the newest record.
@@ -34,6 +35,7 @@ def summary(manifest: Manifest, records: Sequence[Record], bundle: str | None = 
         "target": manifest.target,
         "precision": manifest.precision,
         "bundle": bundle if bundle is not None else (records[-1].setup.bundle if records else ""),
+        "input_unit": manifest.model.input.unit,
         "bytes": {"weights": weights_bytes(manifest), "state": state_bytes(manifest)},
         **_fidelity(records, fidelity),
         "chunk_error": number(law.error) if law else None,
@@ -161,6 +163,7 @@ def _latency(latency: Latency | None) -> dict[str, Any]:
         "step_ms": {f"p{q}": get(latency.step_ms(q)) if latency else None for q in (50, 90, 99)},
         "decode_tokens_per_s": get(latency.decode_tokens_per_s) if latency else None,
         "prefill_tokens_per_s": get(latency.prefill_tokens_per_s) if latency else None,
+        "step_inputs": latency.unit if latency else None,
         "load_ms": get(latency.load_ms) if latency else None,
         "first_token_ms": get(latency.first_token_ms) if latency else None,
     }

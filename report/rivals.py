@@ -14,7 +14,15 @@ from xexport.core.records import Fidelity, Record, Together
 from xexport.report.along import StateGrowth, state_growth
 from xexport.report.entries import Entry, all_of, fidelity_of
 
-__all__ = ["Rival", "common_positions", "common_prefill", "difference", "rivals_of", "step_ratio"]
+__all__ = [
+    "Rival",
+    "common_positions",
+    "common_prefill",
+    "common_unit",
+    "difference",
+    "rivals_of",
+    "step_ratio",
+]
 
 
 class Rival(NamedTuple):
@@ -34,6 +42,11 @@ class Rival(NamedTuple):
     state: StateGrowth
     random: bool
 
+    @property
+    def unit(self) -> str:
+        """What its stream counts: token or frame."""
+        return self.manifest.model.input.unit
+
 
 def rivals_of(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> list[Rival]:
     """The bundles, each with its row of the newest run in which all of them took turns, if there is one."""
@@ -51,6 +64,12 @@ def rivals_of(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> list[Riva
         )
         for label, entry in zip(labels, both, strict=True)
     ]
+
+
+def common_unit(rivals: Sequence[Rival]) -> str:
+    """What positions count: ``token`` or ``frame``; ``position`` where the models differ in it."""
+    units = {r.unit for r in rivals}
+    return units.pop() if len(units) == 1 else "position"
 
 
 def common_positions(rivals: Sequence[Rival]) -> list[int]:

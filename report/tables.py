@@ -120,7 +120,7 @@ def short_name(runner: str) -> str:
     return RUNNERS.get(runner, runner).replace(" (reference)", "")
 
 
-def latency(records: Sequence[Record]) -> Table:
+def latency(records: Sequence[Record], unit: str = "token") -> Table:
     """One row a runner: step percentiles, decode, prefill by length, first token, load."""
     run, newest = compared_latency(records), latency_of(records)
     named = [(short_name(n), run[n]) for n in RUNNERS if n in run]
@@ -130,7 +130,7 @@ def latency(records: Sequence[Record]) -> Table:
     lengths = sorted({p.length for r in found for p in r.prefill})
     columns = (
         "Runner", "Step p50", "p90", "p99", "Decode /s",
-        *(f"Prefill {n} /s" for n in lengths), "First token", "Load",
+        *(f"Prefill {n} /s" for n in lengths), "First token" if unit == "token" else "First call", "Load",
     )  # fmt: skip
     rows = []
     for name, r in named:
@@ -148,7 +148,7 @@ def latency(records: Sequence[Record]) -> Table:
     return Table(columns, rows, tuple(range(1, len(columns))))
 
 
-def positions(records: Sequence[Record]) -> Table:
+def positions(records: Sequence[Record], unit: str = "token") -> Table:
     """Median step time along the stream, by runner."""
     found = [r for r in compared_latency(records).values() if r.positions]
     places = sorted({p.position for r in found for p in r.positions})
@@ -158,11 +158,11 @@ def positions(records: Sequence[Record]) -> Table:
         name = short_name(r.setup.runner)
         rows.append((name, *(fmt.ms(at.get(p, float("nan"))) for p in places)))
     return Table(
-        ("Runner", *(f"at token {fmt.count(p)}" for p in places)), rows, tuple(range(1, len(places) + 1))
+        ("Runner", *(f"at {unit} {fmt.count(p)}" for p in places)), rows, tuple(range(1, len(places) + 1))
     )
 
 
-def chunk_law(records: Sequence[Record]) -> Table:
+def chunk_law(records: Sequence[Record], unit: str = "token") -> Table:
     """One row a cut of the newest check of each runner."""
     rows = []
     for name in ("torch", "onnx", "bundle"):
@@ -173,7 +173,7 @@ def chunk_law(records: Sequence[Record]) -> Table:
             rows.append(
                 (
                     short_name(name),
-                    _pieces(cut.pieces),
+                    _pieces(cut.pieces, unit),
                     "not finite" if cut.logit_error is None else fmt.figure(cut.logit_error),
                     fmt.figure(cut.logit_rms),
                     "not finite" if cut.state_error is None else fmt.figure(cut.state_error),
@@ -185,9 +185,9 @@ def chunk_law(records: Sequence[Record]) -> Table:
     return Table(columns, rows, (2, 3, 4))
 
 
-def _pieces(pieces: tuple[int, ...]) -> str:
+def _pieces(pieces: tuple[int, ...], unit: str) -> str:
     if len(pieces) > 3 and set(pieces) == {1}:
-        return f"{len(pieces)} single tokens"
+        return f"{len(pieces)} single {unit}s"
     shown = " + ".join(str(n) for n in pieces[:6])
     return f"{shown} + … ({len(pieces)} pieces)" if len(pieces) > 6 else shown
 
@@ -222,7 +222,7 @@ def resources(manifest: Manifest, records: Sequence[Record]) -> Table:
                 (
                     "Share of the bandwidth floor",
                     fmt.percent(bandwidth.fraction(step.step_ms(50))),
-                    f"reading {fmt.bytes_text(bandwidth.bytes_per_token)} of weights a token would take "
+                    f"reading {fmt.bytes_text(bandwidth.bytes_per_token)} of weights a step would take "
                     f"{fmt.ms(bandwidth.floor_ms)}",
                 )
             )

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from xexport.report.format import step_text
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -88,6 +90,7 @@ _SHOWN = frozenset(
         "latency",
         "form",
         "fixed_length",
+        "input_unit",
         "passes",
         "speedup",
         "peak_rss",
@@ -118,11 +121,16 @@ def _accuracy(data: Record) -> list[tuple[str, str]]:
     rows.append(("largest logit error", _value(data.get("max_error"))))
     rows.append(("chunks against whole", _value(data.get("chunk_error"))))
     text = (
-        f"{data.get('text', '')} {_number(data['tokens'])} tokens".strip()
+        f"{data.get('text', '')} {_number(data['tokens'])} {_scored(data)}".strip()
         if data.get("tokens")
         else data.get("text")
     )
     return [*rows, ("measured on", _value(text))]
+
+
+def _scored(data: Record) -> str:
+    """What the accuracy was measured at: of frames, several may make one position."""
+    return "tokens" if (data.get("input_unit") or "token") == "token" else "positions"
 
 
 def _loss(bits: Record, lost: Record | None) -> str:
@@ -140,13 +148,16 @@ def _speed(data: Record) -> list[tuple[str, str]]:
     latency = data.get("latency") or {}
     whole = data.get("form") == "whole"
     rows = [("form", "whole sequences only: it can't stream")] if whole else []
-    rows += [] if whole else [("one token", _named(latency.get("step_ms"), "ms"))]
+    unit = data.get("input_unit") or "token"
+    step = step_text(unit, latency.get("step_inputs") or 1)
+    rows += [] if whole else [(step, _named(latency.get("step_ms"), "ms"))]
     for length, row in (data.get("passes") or {}).items():
         rows.append((f"a sequence of {length}", f"{_number(row['ms'])} ms, {row['per_s']:,.0f} a second"))
     for key, label in (("decode_tokens_per_s", "decode"), ("prefill_tokens_per_s", "prefill")):
         if _is_number(latency.get(key)):
-            rows.append((label, f"{latency[key]:,.0f} tokens/s"))
-    for key, label in (("load_ms", "loading"), ("first_token_ms", "first token after loading")):
+            rows.append((label, f"{latency[key]:,.0f} {unit}s/s"))
+    first = "first token" if unit == "token" else "first call"
+    for key, label in (("load_ms", "loading"), ("first_token_ms", f"{first} after loading")):
         if _is_number(latency.get(key)):
             rows.append((label, f"{latency[key]:.4g} ms"))
     for other, ratio in (data.get("speedup") or {}).items():
@@ -266,18 +277,23 @@ def _compare(data: Record) -> Iterable[RenderableType]:
             "weights": size(m["weights"]),
             "bits per byte": m["bits_per_byte"],
             "state": size(m["state"]["fixed"]),
-            "added a token": size(m["state"]["per_token"]) if m["state"]["per_token"] else "",
+            f"added a {m.get('input_unit') or 'token'}": size(m["state"]["per_token"])
+            if m["state"]["per_token"]
+            else "",
         }
         for m in models
     ]
     yield _rows("compared", rows)
-    steps = [{"ms at token": m["label"], **m["step_ms"]} for m in models]
+    steps = [{f"ms at {m.get('input_unit') or 'token'}": m["label"], **m["step_ms"]} for m in models]
     streams = any(m["step_ms"] for m in models)
     yield _rows("one step", steps) if streams else ""
     rates = [{n: round(r) for n, r in m["prefill_tokens_per_s"].items()} for m in models]
     yield _rows(
         "prefill" if streams else "whole sequences",
-        [{"tokens/s of": m["label"], **r} for m, r in zip(models, rates, strict=True)],
+        [
+            {f"{m.get('input_unit') or 'token'}s/s of": m["label"], **r}
+            for m, r in zip(models, rates, strict=True)
+        ],
     )
     for text in data["findings"]:
         yield f"- {_plain(text)}"

@@ -14,6 +14,7 @@ from xexport.report.rivals import (
     Rival,
     common_positions,
     common_prefill,
+    common_unit,
     difference,
     step_ratio,
 )
@@ -48,7 +49,7 @@ def side_by_side(rivals: Sequence[Rival]) -> Table:
         "Model", "Parameters", "Weights", "Bits per byte",
         *([f"{'Prefill' if streams else 'Pass of'} {length} /s"] if length else []),
         *(f"Step at {fmt.count(p)}" for p in ends),
-        *(["State", "+ a token"] if streams else []), "Longest",
+        *(["State", f"+ a {common_unit(rivals)}"] if streams else []), "Longest",
     )  # fmt: skip
     rows = []
     for r in rivals:
@@ -90,7 +91,7 @@ def steps_table(rivals: Sequence[Rival]) -> Table:
     if not places:
         return Table((), [])
     rows = [(r.label, *(_step_text(r, p) for p in places)) for r in rivals]
-    columns = ("Model", *(f"at token {fmt.count(p)}" for p in places))
+    columns = ("Model", *(f"at {common_unit(rivals)} {fmt.count(p)}" for p in places))
     return Table(columns, rows, tuple(range(1, len(columns))))
 
 
@@ -220,8 +221,8 @@ def _fastest_step(rivals: Sequence[Rival], position: int) -> Sentence:
         parts.append(_longer(other, ratio, low, high))
     return Sentence(
         "plain",
-        f"Fastest step at token {fmt.count(position)}: {best.label}, {fmt.ms(_step_ms(best, position))}; "
-        f"{'; '.join(parts)}.",
+        f"Fastest step at {common_unit(rivals)} {fmt.count(position)}: {best.label}, "
+        f"{fmt.ms(_step_ms(best, position))}; {'; '.join(parts)}.",
     )
 
 
@@ -266,7 +267,8 @@ def _growth(rivals: Sequence[Rival]) -> list[Sentence]:
         first, last = places[0], places[-1]
         text = (
             f"The state of {growing.label} grows: its step goes from {fmt.ms(_step_ms(growing, first))} at "
-            f"token {fmt.count(first)} to {fmt.ms(_step_ms(growing, last))} at token {fmt.count(last)}"
+            f"{growing.unit} {fmt.count(first)} to {fmt.ms(_step_ms(growing, last))} at {growing.unit} "
+            f"{fmt.count(last)}"
         )
         beside = [
             f"{r.label} from {fmt.ms(_step_ms(r, first))} to {fmt.ms(_step_ms(r, last))}"
@@ -295,7 +297,7 @@ def _loses(growing: Rival, flat: Rival) -> Sentence:
             )
         return Sentence(
             "plain",
-            f"{names} from token {fmt.count(places[since])} on, of the positions timed "
+            f"{names} from {growing.unit} {fmt.count(places[since])} on, of the positions timed "
             f"(not yet at {fmt.count(places[since - 1])}); at the last one {last} as long a step.",
         )
     cross = _crossing(growing, flat, places)
@@ -305,12 +307,13 @@ def _loses(growing: Rival, flat: Rival) -> Sentence:
     if bound is not None and cross > bound:
         return Sentence(
             "plain",
-            f"{nowhere}; at this growth it would be from about token "
+            f"{nowhere}; at this growth it would be from about {growing.unit} "
             f"{fmt.count(cross)} on, beyond its longest stream of {fmt.count(bound)}.",
         )
     return Sentence(
         "plain",
-        f"{nowhere} beyond the noise; a line through the medians crosses at about token {fmt.count(cross)}.",
+        f"{nowhere} beyond the noise; a line through the medians crosses at about {growing.unit} "
+        f"{fmt.count(cross)}.",
     )
 
 
@@ -334,11 +337,13 @@ def _state(rivals: Sequence[Rival]) -> list[Sentence]:
         found.append(Sentence("plain", f"State of constant size: {_and(parts)}, at every position."))
     for r in (r for r in rivals if r.state.grows):
         end = f", {fmt.bytes_text(r.state.at(r.state.bound))} at its longest stream" if r.state.bound else ""
-        text = f"{r.label} adds {fmt.bytes_text(r.state.per_token)} of state with every token{end}"
+        text = f"{r.label} adds {fmt.bytes_text(r.state.per_token)} of state with every {r.unit}{end}"
         if r.state.bound and r.state.allocated:
-            text += f" (of {fmt.count(r.state.bound)} tokens, and all of it is set aside from the beginning)"
+            text += (
+                f" (of {fmt.count(r.state.bound)} {r.unit}s, and all of it is set aside from the beginning)"
+            )
         places = [(o.label, overtakes(r.state, o.state)) for o in flat]
-        parts = [f"{name} from token {fmt.count(place)}" for name, place in places if place is not None]
+        parts = [f"{name} from {r.unit} {fmt.count(place)}" for name, place in places if place is not None]
         never = [name for name, place in places if place is None]
         text += f"; it is in use more than that of {_and(parts)} on" if parts else ""
         text += f"; never more than that of {_and(never)}" if never else ""

@@ -13,7 +13,7 @@ from xexport.report import format as fmt
 from xexport.report import tables, whole, words
 from xexport.report.entries import compared_latency, fidelity_of, last_of, latency_of
 from xexport.report.jsonout import state_bytes, warnings_of, weights_bytes
-from xexport.report.rivals import Rival
+from xexport.report.rivals import Rival, common_unit
 from xexport.report.versus import side_by_side, state_bytes_table, steps_table
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-_SIDE = "Step times after so many tokens; the state after the first, and what every token adds to it."
+_SIDE = "Step times after so many {unit}s; the state after the first, and what every {unit} adds to it."
 _SIDE_WHOLE = "Whole sequences in one call each: these models have no steps and no state."
 
 
@@ -58,7 +58,9 @@ def compared_tables(rivals: Sequence[Rival]) -> list[Section]:
         Section(
             "side",
             "Side by side",
-            _SIDE if any(r.manifest.model.contract.streams for r in rivals) else _SIDE_WHOLE,
+            _SIDE.format(unit=common_unit(rivals))
+            if any(r.manifest.model.contract.streams for r in rivals)
+            else _SIDE_WHOLE,
             side_by_side(rivals),
         ),
         Section(
@@ -108,6 +110,7 @@ def title_of(manifests: Sequence[Manifest]) -> str:
 def bundle_view(manifest: Manifest, records: Sequence[Record]) -> dict[str, Any]:
     """Everything but the figures, by the names the templates use."""
     row, latency = fidelity_of(records), latency_of(records)
+    unit = manifest.model.input.unit
     contract = manifest.model.contract
     said = words if contract.streams else whole
     newest = latency or (records[-1] if records else None)
@@ -120,14 +123,16 @@ def bundle_view(manifest: Manifest, records: Sequence[Record]) -> dict[str, Any]
         "verdict": said.verdict(manifest, records),
         "fidelity": tables.fidelity(records),
         "fidelity_note": _fidelity_note(row) if row else "",
-        "latency": tables.latency(records) if contract.streams else whole.passes_table(records),
-        "latency_note": _latency_note(latency, records) if latency else whole.passes_note(records, contract),
-        "position_times": tables.positions(records),
+        "latency": tables.latency(records, unit) if contract.streams else whole.passes_table(records),
+        "latency_note": _latency_note(latency, records, unit)
+        if latency
+        else whole.passes_note(records, contract),
+        "position_times": tables.positions(records, unit),
         "resources": tables.resources(manifest, records),
         "placement": tables.placement(records),
         "fallbacks": tables.fallbacks(records),
-        "law": tables.chunk_law(records),
-        "law_note": _law_note(records),
+        "law": tables.chunk_law(records, unit),
+        "law_note": _law_note(records, unit),
         "lowerings": tables.lowerings(manifest),
         "refusals": tables.refusals(manifest),
         "decisions": tables.decisions(manifest),
@@ -237,11 +242,12 @@ def _tiles(manifest: Manifest, records: Sequence[Record]) -> list[Tile]:
             f"{fmt.times(speed.ratio)} as fast as PyTorch" if speed else f"p99 {fmt.ms(latency.step_ms(99))}"
         )
         found.append(Tile("Step, median", fmt.ms(latency.step_ms(50)), note))
-        found.append(Tile("Decode", f"{fmt.count(latency.decode_tokens_per_s)} /s", "tokens, one stream"))
+        unit = manifest.model.input.unit
+        found.append(Tile("Decode", f"{fmt.count(latency.decode_tokens_per_s)} /s", f"{unit}s, one stream"))
         if latency.prefill:
             longest = max(p.length for p in latency.prefill)
             value = f"{fmt.count(latency.prefill_tokens_per_s)} /s"
-            found.append(Tile("Prefill", value, f"tokens, in one call of {longest}"))
+            found.append(Tile("Prefill", value, f"{unit}s, in one call of {longest}"))
     passes = whole.passes_of(records)
     if passes:
         unit, calls = manifest.model.input.unit, passes.longest
@@ -292,33 +298,36 @@ def _fidelity_note(row: Fidelity) -> str:
     )
 
 
-def _latency_note(latency: Latency, records: Sequence[Record]) -> str:
+def _latency_note(latency: Latency, records: Sequence[Record], unit: str) -> str:
+    first = "first token" if unit == "token" else "first call"
     threads = latency.setup.environment.threads
     note = (
         f"Batch {latency.batch}, {threads} thread{'' if threads == 1 else 's'}, times of "
-        f"{len(latency.step_ns)} steps after {latency.warmup} thrown away. Decode and prefill are in "
-        "tokens per second; prefill, first token and load are medians."
+        f"{len(latency.step_ns)} steps, each {fmt.step_text(unit, latency.unit)}, after {latency.warmup} "
+        f"thrown away. Decode and prefill are in {unit}s per second; prefill, {first} and load are medians."
     )
     if latency.prompt:
-        note += f" The first token is the first call of a fresh session, {latency.prompt} tokens long."
-    return note + _prefill_note([latency, *compared_latency(records).values()])
+        is_that = " is the first call" if unit == "token" else " is that"
+        note += f" The {first}{is_that} of a fresh session, {latency.prompt} {unit}s long."
+    return note + _prefill_note([latency, *compared_latency(records).values()], unit)
 
 
-def _prefill_note(rows: Sequence[Latency]) -> str:
+def _prefill_note(rows: Sequence[Latency], unit: str) -> str:
     """Of which positions a prefill computed the logits: a prompt needs the last one's only."""
+    place = "token" if unit == "token" else "position"
     whole = {tables.short_name(r.setup.runner): not p.logits for r in rows for p in r.prefill}
     if not any(whole.values()):
-        return " A prefill computes the logits of its last token only." if whole else ""
+        return f" A prefill computes the logits of its last {place} only." if whole else ""
     who = "" if all(whole.values()) else f" in {' and '.join(n for n, every in whole.items() if every)}"
-    return f" A prefill computes the logits of every token{who}."
+    return f" A prefill computes the logits of every {place}{who}."
 
 
-def _law_note(records: Sequence[Record]) -> str:
+def _law_note(records: Sequence[Record], unit: str) -> str:
     law = last_of(records, ChunkLaw)
     if law is None:
         return ""
     return (
-        f"{law.tokens} tokens fed whole and in pieces, from the state after {law.start} tokens: any way "
+        f"{law.tokens} {unit}s fed whole and in pieces, from the state after {law.start} {unit}s: any way "
         "of cutting gives the same logits and the same final state. State errors are relative to its RMS."
     )
 

@@ -117,11 +117,11 @@ def price(row: Fidelity) -> str:
 def verdict(manifest: Manifest, records: Sequence[Record]) -> list[Sentence]:
     """Speed, accuracy, size and the chunk law, one sentence each; nothing that was not measured."""
     found = [
-        *_speed(records),
+        *_speed(records, manifest.model.input.unit),
         *accuracy_sentences(records),
         *_distilled(records),
         *size_sentences(manifest),
-        *_law(records),
+        *_law(records, manifest.model.input.unit),
     ]
     if not any(isinstance(r, Fidelity | Latency) for r in records):
         found.append(
@@ -133,17 +133,18 @@ def verdict(manifest: Manifest, records: Sequence[Record]) -> list[Sentence]:
     return found
 
 
-def _speed(records: Sequence[Record]) -> list[Sentence]:
+def _speed(records: Sequence[Record], unit: str) -> list[Sentence]:
     latency = latency_of(records)
     if latency is None:
         return []
     threads = latency.setup.environment.threads
+    of = f" of {latency.unit} {unit}s" if latency.unit > 1 else ""
     median, slow = fmt.ms(latency.step_ms(50)), fmt.ms(latency.step_ms(99))
     found = [
         Sentence(
             "plain",
-            f"A step takes {median} here (median; 99% within {slow}), "
-            f"which is {fmt.count(latency.decode_tokens_per_s)} tokens per second "
+            f"A step{of} takes {median} here (median; 99% within {slow}), "
+            f"which is {fmt.count(latency.decode_tokens_per_s)} {unit}s per second "
             f"on {threads} thread{'s' if threads != 1 else ''} of {latency.setup.environment.cpu}.",
         )
     ]
@@ -160,11 +161,11 @@ def _speed(records: Sequence[Record]) -> list[Sentence]:
         speed = speed_against(records, other)
         if speed is not None:
             found.append(_speed_sentence(speed))
-    prefill = _prefill(compared_latency(records))
+    prefill = _prefill(compared_latency(records), unit)
     return [*found, prefill] if prefill else found
 
 
-def _prefill(run: Mapping[str, Latency]) -> Sentence | None:
+def _prefill(run: Mapping[str, Latency], unit: str) -> Sentence | None:
     """Prefill against fp32, at the longest prompt that both were timed with in one run."""
     other = run.get("onnx") or run.get("torch")
     speeds = {p.length: p.tokens_per_s for p in other.prefill} if other else {}
@@ -174,7 +175,7 @@ def _prefill(run: Mapping[str, Latency]) -> Sentence | None:
     longest = max(common, key=lambda p: p.length)
     ratio = longest.tokens_per_s / speeds[longest.length]
     name = RUNNER_NAMES.get(other.setup.runner, other.setup.runner)
-    rest = f"{fmt.count(longest.tokens_per_s)} tokens per second in a call of {longest.length}"
+    rest = f"{fmt.count(longest.tokens_per_s)} {unit}s per second in a call of {longest.length}"
     how = "timed one after the other, without an interval"
     if ratio < 1 - BLUR:
         return Sentence(
@@ -223,7 +224,7 @@ def accuracy_sentences(records: Sequence[Record]) -> list[Sentence]:
         return [
             Sentence(
                 "bad",
-                f"The bundle is broken: {row.non_finite} of {row.tokens} tokens gave logits that are not "
+                f"The bundle is broken: {row.non_finite} of {row.tokens} positions gave logits that are not "
                 "finite, so no accuracy can be stated.",
             )
         ]
@@ -298,11 +299,11 @@ def size_sentences(manifest: Manifest) -> list[Sentence]:
     return [Sentence("plain", text + ".")]
 
 
-def _law(records: Sequence[Record]) -> list[Sentence]:
+def _law(records: Sequence[Record], unit: str) -> list[Sentence]:
     law = last_of(records, ChunkLaw)
     if law is None:
         return []
-    ways = f"{len(law.cuts)} ways of cutting {law.tokens} tokens"
+    ways = f"{len(law.cuts)} ways of cutting {law.tokens} {unit}s"
     if not math.isfinite(law.error):
         return [
             Sentence("bad", f"The chunk law does not hold: among {ways} one gave values that are not finite.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -12,7 +13,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
+from xexport.core.contract import InputSpec
 from xexport.core.errors import InputError, MissingDependencyError, OutputError
 from xexport.core.manifest import (
     FileEntry,
@@ -25,6 +28,7 @@ from xexport.core.manifest import (
 from xexport.core.records import (
     AtPosition,
     Bandwidth,
+    Fidelity,
     Latency,
     Memory,
     OpTime,
@@ -44,6 +48,7 @@ from xexport.report.html import render_html, write_html
 from xexport.report.jsonout import report_json, summary
 from xexport.report.markdown import render_markdown
 from xexport.report.pareto import Point, front, points
+from xexport.report.terminal import show
 from xexport.report.view import reproduce
 from xexport.report.words import headline, verdict
 
@@ -321,6 +326,32 @@ def test_several_bundles_are_compared(manifest: Manifest, fake_runner: Any, setu
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     assert "toy · cpu-int4" in render_markdown(both)
+
+
+def test_a_model_of_frames_is_not_said_to_read_tokens(
+    manifest: Manifest, fake_runner: Any, setup: Setup
+) -> None:
+    """Several frames a call: everything that was timed and cut says so, alone, compared and in a terminal."""
+    model = msgspec.structs.replace(manifest.model, input=InputSpec("features", "log_mel", 80, 4))
+    inputs = (msgspec.structs.replace(manifest.inputs[0], name="log_mel", dtype="float32"),)
+    heard = msgspec.structs.replace(manifest, model=model, inputs=inputs)
+    records = [
+        msgspec.structs.replace(r, unit=4) if isinstance(r, Latency) else r
+        for r in make_records(fake_runner, setup)
+        if not isinstance(r, Fidelity)
+    ]
+    other = msgspec.structs.replace(heard, target="cpu-int4")
+    for text in (render_markdown([(heard, records)]), render_markdown([(heard, records), (other, records)])):
+        assert re.findall(r".*token.*", text, re.IGNORECASE) == []
+        for words in ("A step of 4 frames takes", "at frame 100", "each one call of 4 frames", "First call"):
+            assert words in text
+    page = render_html([(heard, records)])
+    assert re.findall(r"[^>]*token[^<]*", "".join(Page(page).text), re.IGNORECASE) == []
+    shown = io.StringIO()
+    show("export", summary(heard, records), Console(file=shown, width=200))
+    assert "one call of 4 frames" in shown.getvalue()
+    assert "frames/s" in shown.getvalue()
+    assert "token" not in shown.getvalue()
 
 
 def test_markdown_tables_are_rectangular(manifest: Manifest, fake_runner: Any, setup: Setup) -> None:
