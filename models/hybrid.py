@@ -147,7 +147,11 @@ PRESETS = {
     "tiny": HybridConfig(3, 24, 61, (1,), 2, 1, 40, 4, 12, 8, groups=2, max_tokens=4096, rotary=6),
     "tiny-experts": HybridConfig(
         *(3, 24, 61, (1,), 2, 1, 40, 4, 12, 8),
-        **{"groups": 2, "max_tokens": 64, "experts": 5, "experts_used": 2, "expert_ffn": 16},
+        groups=2,
+        max_tokens=64,
+        experts=5,
+        experts_used=2,
+        expert_ffn=16,
     ),
     "zoo": HybridConfig(5, 160, 256, (2,), 5, 5, 320, 10, 32, 32, max_tokens=2048, rotary=16),
     "bamba-9b": HybridConfig(32, 4096, 128256, (9, 18, 27), 32, 8, 14336, 128, 64, 128, rotary=64),
