@@ -42,12 +42,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xexport.core.checkpoint import RawCheckpoint, match_tensors, require_own_config
+from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._aft import KEY, AftConfig, Block, Mixer, filter_weights
 from xexport.models._aft_image import AftImage, AftImageTraining, image_tensors
 from xexport.models._chunk import FromFirstState, layer_states
+from xexport.models._fill import fill, fill_by_training
+from xexport.models._own import load_own
 from xexport.ops.band_product.reference import band_product
 from xexport.ops.cached_attention.reference import cached_attention
 from xexport.ops.causal_conv1d.reference import causal_conv1d
@@ -264,45 +266,15 @@ def _init(module: nn.Module, seed: int) -> None:
     """
     assert isinstance(module, (Aft, AftImage))
     if not isinstance(module, (AftTraining, AftImageTraining)):
-        train = _train_form(module.config)
-        _init(train, seed)
-        module.load_state_dict(_from_training(module.config, train.state_dict()))
-        return
-    c, rng = module.config, torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            leaf = name.rsplit(".", 1)[-1]
-            if p.ndim < 2:
-                p.fill_(0.0 if leaf in ("bias", "gain", "shift") else 1.0)
-                continue
-            std = p.shape[-1] ** -0.5
-            if name.endswith(("o_proj.weight", "fc2.weight")):
-                std *= (2 * c.layers) ** -0.5
-            elif leaf in ("u", "v"):
-                std = 0.1
-            elif leaf == "filter":
-                std = 1.0
-            elif name in ("embed.weight", "place.weight"):
-                std = 0.5 if name == "embed.weight" else 0.02
-            elif name == "head.weight":
-                std *= 0.25
-            p.copy_(torch.randn(p.shape, generator=rng) * std)
+        return fill_by_training(FAMILY, module, seed)
+    c = module.config
+    fixed = {"embed.weight": 0.5, "place.weight": 0.02, "*.u": 0.1, "*.v": 0.1, "*.filter": 1.0}
+    writes = dict.fromkeys(("*o_proj.weight", "*fc2.weight"), c.layers)
+    fill(module, seed, writes=writes, fixed=fixed, vectors={"*.gain": 0.0, "*.shift": 0.0})
 
 
 def _load(raw: RawCheckpoint) -> LoadedModel:
-    config = require_own_config(
-        raw, "aft", AftConfig, title="an AFT", fix="none was published: the paper's authors gave no code"
-    )
-    with torch.device("meta"):
-        trained, wanted = _train_form(config), _build(config)
-    tensors = _from_training(config, match_tensors(raw.tensors, trained, raw.path.name))
-    return LoadedModel(
-        family="aft",
-        config=config,
-        tensors=match_tensors(tensors, wanted, raw.path.name),
-        tokenizer="bytes" if config.vocab_size == 256 and config.kind != "image" else None,
-        source=str(raw.path),
-    )
+    return load_own(FAMILY, raw, title="an AFT", fix="none was published: the paper's authors gave no code")
 
 
 def _tiny(kind: str, positions: bool = True) -> AftConfig:

@@ -54,6 +54,7 @@ from xexport.core.checkpoint import RawCheckpoint, own_config
 from xexport.core.errors import CheckpointError, InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
+from xexport.models._fill import fill
 from xexport.models._retnet_load import HEADS_KEY, from_torchscale
 from xexport.models._rotary import rope_angles, rotate_pairs, turns_of
 from xexport.ops.linear_recurrence.reference import linear_recurrence
@@ -363,23 +364,9 @@ def _init(module: nn.Module, seed: int) -> None:
     starts small: the first logits are nearly flat.
     """
     assert isinstance(module, RetNet)
-    rng = torch.Generator().manual_seed(seed)
-    depth = (2 * module.config.layers) ** -0.5
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim < 2:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = p.shape[1] ** -0.5
-            if name.endswith(("out_proj.weight", "fc2.weight")):
-                std *= depth
-            elif name == "embed.weight":
-                std = 0.5
-            elif name == "head.weight":
-                std *= 0.25
-            p.copy_(torch.randn(p.shape, generator=rng) * std)
-        for name, table in _tables(module.config).items():
-            module.get_buffer(name).copy_(table)
+    fill(module, seed, writes=dict.fromkeys(("*out_proj.weight", "*fc2.weight"), module.config.layers))
+    for name, table in _tables(module.config).items():
+        module.get_buffer(name).copy_(table)
 
 
 def _from_training(config: RetNetConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
