@@ -135,6 +135,34 @@ def test_any_bundle_runs_in_node(toy_bundle: Path) -> None:
     assert int(there.state()["position"][0]) == 2**60 + 2
 
 
+def test_graphs_of_fixed_lengths_share_the_state(make_toy_bundle: ToyMaker) -> None:
+    """A bundle with a graph a length: an input is cut into those lengths, largest first."""
+    folder = make_toy_bundle(vocab=64)
+    path = folder / "manifest.json"
+    row = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**row, "graphs": {"1": row["graph"], "4": row["graph"]}}), encoding="utf-8")
+    tokens = np.random.default_rng(2).integers(0, 64, 11).tolist()
+    want = xexport.load(folder).stream(runtime=CPU).feed(tokens)
+    found = node(
+        """
+        const ort = await web.loadOrt(given[1]);
+        const bundle = await web.openBundle(web.fromFolder(given[0]), { ort, threads: 1 });
+        const whole = await bundle.stream().feed(given[2]);
+        const kept = await bundle.stream().feed(given[2], { keep: 5 });
+        const batch = await told(async () => bundle.engine.cell(2));
+        console.log(JSON.stringify({ lengths: bundle.engine.lengths, shape: whole.shape, batch,
+                                     whole: Array.from(whole.data), kept: Array.from(kept.data) }));
+        """,
+        str(folder),
+        str(get_environment("web").folder),
+        tokens,
+    )
+    assert (found["lengths"], found["shape"]) == ([4, 1], [1, 11, 64])
+    np.testing.assert_array_equal(np.reshape(found["whole"], (1, 11, 64)), want)
+    np.testing.assert_array_equal(np.reshape(found["kept"], (1, 5, 64)), want[:, -5:])
+    assert found["batch"]["error"] == "InputError"
+
+
 def test_a_refused_graph_says_why(toy_bundle: Path) -> None:
     (toy_bundle / "model.onnx").write_bytes(b"no graph")
     bundle = Bundle(toy_bundle, read_manifest(toy_bundle))

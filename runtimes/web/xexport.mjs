@@ -53,7 +53,8 @@ export class Bundle {
 export async function openBundle(source, options) {
   const { ort, verify = true, onProgress } = options;
   const manifest = decodeManifest(await source.read(MANIFEST_NAME));
-  const provider = options.provider ?? (PROVIDERS.includes(manifest.provider) ? manifest.provider : "wasm");
+  // a bundle for another runtime's WebGPU ("WebGpuExecutionProvider") is one for this one's
+  const provider = options.provider ?? (/webgpu/i.test(manifest.provider) ? "webgpu" : "wasm");
   await checkProvider(provider);
   const graphs = graphsOf(manifest);
   const names = new Set(graphs.values());
