@@ -1,5 +1,6 @@
 // What only Node has: bundles in folders, and onnxruntime-web from a given folder of npm packages.
 
+import { webcrypto } from "node:crypto";
 import { open } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -7,6 +8,8 @@ import { pathToFileURL } from "node:url";
 import { BundleError, RuntimeFailure, brief } from "./errors.mjs";
 
 export * from "./xexport.mjs";
+
+globalThis.crypto ??= webcrypto; // Node 18 has it under this name alone
 
 const CHUNK = 1 << 26; // bytes of one read: Node reads at most 2 GiB at once
 

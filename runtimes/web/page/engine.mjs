@@ -4,6 +4,8 @@ import { fromFiles, fromUrl, openBundle, parseIds } from "/xexport/xexport.mjs";
 
 const SCRIPTS = { wasm: "/ort/ort.wasm.min.mjs", webgpu: "/ort/ort.webgpu.min.mjs" };
 
+const SHOWN_MS = 40; // the page is told so often: it draws slower than a small model writes
+
 // onnxruntime-web makes its memory here, and has no call that says how large it has become
 let heap;
 WebAssembly.Memory = class extends WebAssembly.Memory {
@@ -34,22 +36,34 @@ async function generate({ prompt, options }) {
   try {
     const given = bundle.tokenizer.readsText ? prompt : parseIds(prompt);
     const generation = stream.generate(given, { ...options, signal: abort.signal });
-    let before = 0;
-    for await (const text of generation) {
-      const { stats } = generation;
-      tell("piece", { text, ms: stats.decodeMs - before, stats, memory: memory() });
+    const { stats } = generation;
+    let [text, ms, before, told] = ["", [], 0, performance.now()];
+    const flush = () => {
+      tell("pieces", { text, ms, stats, memory: memory() });
+      [text, ms, told] = ["", [], performance.now()];
+    };
+    for await (const piece of generation) {
+      text += piece;
+      ms.push(stats.decodeMs - before);
       before = stats.decodeMs;
-      // a turn of the event loop, so that "stop" is heard
-      await new Promise((done) => {
-        const { port1, port2 } = new MessageChannel();
-        port1.onmessage = done;
-        port2.postMessage(0);
-      });
+      if (performance.now() - told < SHOWN_MS) continue;
+      flush();
+      await turn();
     }
-    tell("done", { ids: generation.ids, stats: generation.stats, memory: memory() });
+    flush();
+    tell("done", { ids: generation.ids, stats, memory: memory() });
   } finally {
     stream.release();
   }
+}
+
+/** A turn of the event loop, so that "stop" is heard. */
+function turn() {
+  return new Promise((done) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = done;
+    port2.postMessage(0);
+  });
 }
 
 onmessage = async ({ data }) => {

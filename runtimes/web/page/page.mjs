@@ -38,7 +38,7 @@ const handlers = {
     document.body.dataset.state = "ready";
     say(`Ready on ${label()}`);
   },
-  piece: ({ text, ms, stats, memory }) => {
+  pieces: ({ text, ms, stats, memory }) => {
     const box = $("text");
     const follows = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
     $("made").append(text);
@@ -96,11 +96,11 @@ function figures({ promptTokens, promptMs, newTokens, decodeMs }, memory) {
 }
 
 function chart(ms) {
-  times.push(ms);
-  const shown = times.slice(-CHART);
-  const top = Math.max(...shown, 0.001);
-  const x = (i) => ((i + CHART - shown.length) * 240) / (CHART - 1);
-  const points = shown.map((t, i) => `${x(i).toFixed(1)},${(62 - (60 * t) / top).toFixed(1)}`).join(" ");
+  times = times.concat(ms).slice(-CHART);
+  if (times.length === 0) return;
+  const top = Math.max(...times, 0.001);
+  const x = (i) => ((i + CHART - times.length) * 240) / (CHART - 1);
+  const points = times.map((t, i) => `${x(i).toFixed(1)},${(62 - (60 * t) / top).toFixed(1)}`).join(" ");
   const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
   line.setAttribute("points", points);
   $("chart").replaceChildren(line);
