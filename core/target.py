@@ -27,8 +27,8 @@ class Target:
         precision: name of a quantization scheme (a row in quant/schemes.toml).
         graph_form: ``dynamic`` (one graph, any B and T) or ``static`` (T=1 and T=chunk).
         opset: ai.onnx operator set of the graph.
-        fuse: passes that put this project's own operators in the place of standard ones, in order: files
-            in exporter/passes/.
+        fuse: passes that put this project's own operators, or plainer ones, in the place of standard ones,
+            in order: files in exporter/passes/.
         inline: put the operators' bodies in the place of their nodes, for a runtime without local functions.
         full_placement: promise that the provider runs every node. ONNX Runtime is opened so that it refuses a
             graph of which a node would fall back to the CPU; without the promise that is a warning.

@@ -41,6 +41,8 @@ def require_agreement(bundle: Bundle, target: Target) -> dict[str, Any]:
     manifest = bundle.manifest
     contract = manifest.model.contract
     longest = sum(target.lengths or [1])
+    if contract.streams and contract.max_tokens is not None:
+        longest = min(longest, contract.max_tokens - _STEPS * contract.inputs.multiple)
     rng = np.random.default_rng(_SEED)
     here, there = bundle.stream(runtime=CPU), bundle.stream()
     worst, unit, fed = 0.0, contract.inputs.multiple, 0

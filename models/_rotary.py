@@ -1,8 +1,4 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864, section 3.2.2) that are exact at any distance.
-
-``position * theta`` in float32 is wrong by 0.006 rad at token 100 000. Here theta is a fraction of a turn in
-units of 2^-32, the product is taken modulo 2^32 in int64 and is exact.
-"""
+"""Rotary positions (RoFormer, arXiv 2104.09864, section 3.2.2); the angles are ops/rotary_angles."""
 
 from __future__ import annotations
 
@@ -12,20 +8,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["rope_angles", "rotate", "rotate_pairs", "turns_of"]
+from xexport.core.errors import InputError
+from xexport.ops.rotary_angles.reference import TURN, rope_angles
 
-_TURN = 1 << 32
+__all__ = ["rope_angles", "rotate", "rotate_pairs", "turns_of"]
 
 
 def turns_of(rates: Sequence[float]) -> list[int]:
-    """Angles a token, in radians, as whole units of 2^-32 turns."""
-    return [round(r / (2 * math.pi) * _TURN) for r in rates]
+    """Angles a token, in radians, as whole units of 2^-32 turns.
 
-
-def rope_angles(turns: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin ``[T,1,K/2]`` at int64 positions ``[T]`` below 2^31, of ``turns`` [K/2] in 2^-32 turns."""
-    angle = ((positions[:, None, None] * turns) % _TURN).to(dtype) * (2 * math.pi / _TURN)
-    return angle.cos(), angle.sin()
+    Raises:
+        InputError: an angle that is negative or above a quarter turn.
+    """
+    turns = [round(r / (2 * math.pi) * TURN) for r in rates]
+    if turns and not 0 <= min(turns) <= max(turns) <= TURN // 4:
+        raise InputError("a rotation's angle a token is out of range", got=max(rates), allowed="0 to pi/2")
+    return turns
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ FORMATS = (
     "int8-rows",
     "int8-block",
     "int8-channel",
+    "int8-dequantize",
     "int4-block",
 )
 

@@ -7,10 +7,11 @@ several models as soon as T changes between calls (measured: RetNet, RWKV-4, Mam
 every length that is asked for is a model of its own: the graph is read once a length, reshaped to [B,T],
 its float state becomes variables (MakeStateful), and it is compiled when it is first needed. A longer
 input is fed in the lengths of the target's ``lengths``, largest first. Integer state (positions) stays an
-input and an output, since a variable of the CPU plugin can't be int64.
+input and an output, since a variable of the CPU plugin can't be int64. A model in the whole form is compiled
+for every length that comes; the last few are kept.
 
-OpenVINO's CPU plugin computes int64 as int32. A model that relies on more (rotations in fixed-point
-arithmetic) is refused at the export, which compares every bundle with ONNX Runtime's results.
+OpenVINO's CPU plugin computes int64 as int32. A graph that relies on more is refused at the export, which
+compares every bundle with ONNX Runtime's results.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from xexport.runtimes.inputs import Inputs
 __all__ = ["OpenVinoCell", "OpenVinoEngine", "open_engine", "unavailable"]
 
 Array = npt.NDArray[Any]
+_KEPT = 4  # lengths of a whole-form model
 
 
 def unavailable(provider: str) -> str | None:
@@ -119,6 +121,8 @@ class OpenVinoEngine:
         """
         key = batch, length
         if key not in self._compiled:
+            if not self.manifest.model.contract.streams:
+                _forget(self._compiled)
             try:
                 model = self.core.read_model(self.path)
                 model.reshape(_shapes(model, self.manifest, batch, length))
@@ -154,7 +158,8 @@ class OpenVinoCell:
 
     def run(self, inputs: Inputs, keep: int = 0) -> npt.NDArray[np.float32]:
         """Run ids ``[B,T]`` or features ``[B,T,F]``; after a failure the state is as before."""
-        before = self.read() if inputs.shape[1] > self._contract.inputs.multiple else None
+        longer = self._contract.streams and inputs.shape[1] > self._contract.inputs.multiple
+        before = self.read() if longer else None
         try:
             parts = [self._call(part) for part in self._pieces(inputs)]
         except RuntimeError as error:
@@ -187,10 +192,12 @@ class OpenVinoCell:
     def node_times(self) -> list[tuple[str, str, int]]:
         """(name, type, nanoseconds) of every node in the last call; needs ``open_engine(profile=True)``."""
         rows = self._requests[self._active].profiling_info
-        return [(r.node_name, r.exec_type, round(r.real_time.total_seconds() * 1e9)) for r in rows]
+        return [(r.node_name, r.node_type, round(r.real_time.total_seconds() * 1e9)) for r in rows]
 
     def _pieces(self, inputs: Inputs) -> list[Inputs]:
         """Consecutive parts, each of a length that is compiled; largest first."""
+        if not self._contract.streams:
+            return [inputs]
         pieces, at = [], 0
         for length in self._engine.lengths():
             while at + length <= inputs.shape[1]:
@@ -209,6 +216,8 @@ class OpenVinoCell:
     def _request(self, length: int) -> Any:
         """The request of a length, with the present float state in its variables."""
         if length not in self._requests:
+            if not self._contract.streams:
+                _forget(self._requests)
             request = self._engine.compiled(self._batch, length).create_infer_request()
             self._requests[length] = request
             self._variables[length] = _variables(request, self._specs)
@@ -224,6 +233,12 @@ class OpenVinoCell:
         for name, variable in target.items():
             value = self._first[name] if source is None else source[name].state.data
             variable.state = openvino.Tensor(np.array(value))
+
+
+def _forget(kept: dict[Any, Any]) -> None:
+    """Drop the oldest, so that there is room for one more."""
+    while len(kept) >= _KEPT:
+        del kept[next(iter(kept))]
 
 
 def _shapes(model: Any, manifest: Manifest, batch: int, length: int) -> dict[str, list[int]]:

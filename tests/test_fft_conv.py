@@ -133,10 +133,11 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("constant", [True, False], ids=["constant-filter", "any-filter"])
-def test_cached_parity(case: str, constant: bool) -> None:
+@pytest.mark.parametrize("variant", CACHED.bodies)
+def test_cached_parity(case: str, constant: bool, variant: str) -> None:
     B, D, L, T, position = CASES[case]
     x = {"u": normal(B, D, T), "h": normal(D, L), "cache": normal(B, D, L), "pos": np.array([position])}
-    model = op_model(CACHED, x, "monarch", 23, sizes(L), constant=("h",) if constant else ())
+    model = op_model(CACHED, x, variant, 23, sizes(L), constant=("h",) if constant else ())
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     y, cache = session.run(None, {k: v for k, v in x.items() if k != "h" or not constant})
     seen = np.concatenate((x["cache"][..., :position], x["u"]), -1)
@@ -173,9 +174,10 @@ def test_reference_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize(("T", "position"), [(1, 5), (3, 0), (6, 9), (9, 6)])
-def test_onnx_reference_runs_the_bodies(T: int, position: int) -> None:
+@pytest.mark.parametrize("variant", CACHED.bodies)
+def test_onnx_reference_runs_the_bodies(T: int, position: int, variant: str) -> None:
     x = {"u": normal(2, 2, T), "h": normal(2, 15), "cache": normal(2, 2, 15), "pos": np.array([position])}
-    y, _ = ReferenceEvaluator(op_model(CACHED, x, "monarch", 23, sizes(15))).run(None, x)
+    y, _ = ReferenceEvaluator(op_model(CACHED, x, variant, 23, sizes(15))).run(None, x)
     seen = np.concatenate((x["cache"][..., :position], x["u"]), -1)
     assert error(y, plain(seen, x["h"])[..., position:]) <= TOLERANCES["op_fp32"]
     pair = {"u": x["u"], "h": x["h"]}

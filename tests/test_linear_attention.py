@@ -23,6 +23,7 @@ WAYS = {
     "kernel": (SPEC, "chunked"),
     "fallback-chunked": (under_own_domain(SPEC), "chunked"),
     "fallback-parallel": (under_own_domain(SPEC), "parallel"),
+    "fallback-either": (under_own_domain(SPEC), "parallel_either"),
 }
 
 
@@ -137,7 +138,7 @@ def test_chunk_law(T: int, cut: int, seed: int, way: str) -> None:
 
 
 @pytest.mark.parametrize("by_key", [False, True], ids=["head", "key"])
-@pytest.mark.parametrize("way", ["fallback-chunked", "fallback-parallel"])
+@pytest.mark.parametrize("way", ["fallback-chunked", "fallback-parallel", "fallback-either"])
 def test_strong_decay_does_not_overflow(way: str, by_key: bool) -> None:
     """exp(-(c_t - c_s)) would be inf here; all that is left is the rounding of the running sum c."""
     spec, variant = WAYS[way]
@@ -152,7 +153,7 @@ def test_strong_decay_does_not_overflow(way: str, by_key: bool) -> None:
         assert error(a, b) <= 2 * rounding
 
 
-@pytest.mark.parametrize("variant", ["chunked", "parallel"])
+@pytest.mark.parametrize("variant", ["chunked", "parallel", "parallel_either"])
 @pytest.mark.parametrize("T", [1, 3, 66])
 def test_onnx_reference_runs_the_body(variant: str, T: int) -> None:
     x = inputs(2, T, 2, 3, 4)

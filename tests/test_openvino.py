@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from tolerances import TOLERANCES
 import xexport
 from xexport.core.errors import ExportError, RuntimeFailure
 from xexport.core.manifest import read_manifest
+from xexport.core.target import get_target
 from xexport.runtimes.bundle import Bundle
+from xexport.runtimes.openvino import open_engine
 
 pytest.importorskip("openvino", reason="openvino is not installed")
 
@@ -32,7 +36,12 @@ def near(got: Any, want: Any) -> bool:
     return bool(np.abs(got - want).max() < TOLERANCES["model_fp32"] * max(1.0, np.abs(want).max()))
 
 
-@pytest.mark.parametrize("family", ["mamba", "rwkv4"])
+@pytest.fixture(scope="module")
+def retnet(exporter: Any) -> Bundle:
+    return xexport.load(exporter("retnet", "openvino-fp32"))
+
+
+@pytest.mark.parametrize("family", ["mamba", "retnet", "rwkv4"])
 def test_bundle_is_pytorch(exporter: Any, family: str) -> None:
     check_export(exporter, family, "openvino-fp32")
 
@@ -83,12 +92,43 @@ def test_the_graph_has_no_local_functions(mamba: Bundle) -> None:
     assert mamba.manifest.checks["openvino"]["error"] < TOLERANCES["model_fp32"] * 10
 
 
-def test_other_numbers_are_refused(exporter: Any, tmp_path: Path) -> None:
+def test_positions_far_away(retnet: Bundle) -> None:
+    """The angle of token 1 000 000 needs more than 32 bits, which the plugin does not have."""
+    x = tokens(9)
+    found = {}
+    for runtime in ("onnxruntime", "openvino"):
+        stream = retnet.stream(runtime=runtime)
+        stream.feed(tokens(3))
+        cell = retnet.engine(runtime=runtime).cell(1)
+        cell.write({**stream.state(), "position": np.array([1_000_000])})
+        found[runtime] = cell.run(x)
+        assert cell.read()["position"] == 1_000_009
+    assert near(found["openvino"], found["onnxruntime"])
+
+
+def test_other_numbers_are_refused(exporter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin computes int64 as int32, which rotations in fixed-point arithmetic do not survive."""
+    target = get_target("openvino-fp32")
+    wrong = replace(target, bodies={**target.bodies, "rotary_angles": "int64"})
+    monkeypatch.setattr("xexport.pipeline.get_target", lambda name: wrong)
     with pytest.raises(ExportError, match="something else than ONNX Runtime") as caught:
-        exporter.export("transformer", "openvino-fp32", tmp_path / "out", preset="tiny")
+        exporter.export("retnet", "openvino-fp32", tmp_path / "out", preset="tiny")
     assert "layers." in str(caught.value.got)
     assert not (tmp_path / "out").exists()
+
+
+def test_eight_bits_stay_eight_bits_in_memory(exporter: Any) -> None:
+    """Weights are multiplied as they are read: no float copy, and activations are not rounded."""
+    check_export(exporter, "rwkv", "openvino-int8")
+    bundle = xexport.load(exporter("rwkv", "openvino-int8"))
+    formats = {d.format for d in bundle.manifest.decisions if d.role == "projection"}
+    assert formats == {"int8 per channel"}
+    cell = open_engine(bundle.path, bundle.manifest, profile=True).cell(1)
+    cell.run(tokens(1))
+    kinds = Counter(kind for _, kind, _ in cell.node_times())
+    assert kinds["FullyConnectedCompressed"] >= len(
+        [d for d in bundle.manifest.decisions if d.format == "int8 per channel"]
+    )
 
 
 def test_without_openvino_the_bundle_is_written_and_says_that_it_was_not_run(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from xexport.exporter.passes import cse, fold, names, noop, optimize, shapes, transposes
+from xexport.exporter.passes import cse, fold, names, noop, optimize, plain_norms, shapes, transposes
 from xexport.exporter.weights import CheckpointTensor
 
 Array = np.ndarray[Any, Any]
@@ -326,3 +326,22 @@ def test_all_passes_together_keep_weights_names_and_results() -> None:
     assert kinds(model) == ["MatMul", "Mul", "Add", "Add"]
     assert {"layer.weight", "layer.bias"} <= set(model.graph.initializers)
     assert (counts["transposes"], counts["cse"], counts["names"]) == (1, 1, 4)
+
+
+# plain norms
+
+
+def test_rms_norms_become_older_operators() -> None:
+    scale = np.linspace(0.5, 2, 6, dtype=np.float32)
+    norm = node("RMSNormalization", ["x", "s"], ["n"], axis=-1, epsilon=1e-3)
+    model = build([norm, node("Mul", ["n", "n"], ["y"])], weights={"s": scale})
+    assert check(model, lambda m: len(plain_norms.rewrite(m))) == 0
+    assert kinds(model) == ["Mul", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Mul"]
+
+
+def test_a_norm_over_two_axes_stays_and_says_why() -> None:
+    scale = np.ones((3, 6), np.float32)
+    model = build([node("RMSNormalization", ["x", "s"], ["y"], axis=-2)], weights={"s": scale})
+    (refusal,) = plain_norms.rewrite(model)
+    assert "several axes" in refusal.reason
+    assert kinds(model) == ["RMSNormalization"]

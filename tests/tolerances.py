@@ -27,6 +27,11 @@ _ROWS: dict[str, tuple[float, str]] = {
         4e-6,
         "relative: exp(-16) is off by 16 * 4e-8 from the rounding of its exponent, then roundings of 2^-24",
     ),
+    "rotary_angles": (
+        1e-6,
+        "absolute, at any position: an angle up to 2.5 pi rounded to float32 three times, each 4.8e-7 at "
+        "most; measured 5e-7",
+    ),
     "linear_attention_fp32": (
         1e-5,
         "running sums of 64 log decays near -20 are rounded by 20 * 2^-24 = 1e-6, a relative error of the "
@@ -71,6 +76,7 @@ _ROWS: dict[str, tuple[float, str]] = {
     "tiny_logits_fp32": (1e-5, "RMS of the difference over RMS: float sums in another order"),
     "tiny_logits_fp16": (2e-3, "RMS over RMS: 11 bits, 2e-4 a weight, over two layers"),
     "tiny_logits_int8": (0.05, "RMS over RMS: 0.6% a weight, over two layers of some ten products"),
+    "tiny_logits_int8-weights": (0.05, "as tiny_logits_int8: 0.6% a weight"),
     "tiny_logits_int4": (0.5, "RMS over RMS: 10% a weight, over two layers of some ten products"),
     "features": (
         1e-5,

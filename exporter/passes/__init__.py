@@ -33,8 +33,8 @@ def optimize(model: ir.Model) -> dict[str, int]:
 def fuse(model: ir.Model, names: Iterable[str]) -> list[Refusal]:
     """The passes that a target asks for (``fuse`` in its TOML), in their order, after quantization.
 
-    Each is a file here with ``rewrite(model) -> list[Refusal]``: nodes become operators of this project,
-    and a node that is left as it is has its reason.
+    Each is a file here with ``rewrite(model) -> list[Refusal]``: nodes become operators of this project
+    (or plainer standard ones), and a node that is left as it is has its reason.
     """
     refusals: list[Refusal] = []
     for name in names:

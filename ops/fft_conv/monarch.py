@@ -61,10 +61,10 @@ def monarch(b: BodyBuilder, n1: str, n2: str) -> Monarch:
 
     outer = b.op("Add", _axes(b, k1, 1, 2), b.op("Mul", n1, c))
     phase = b.op("Mod", b.op("Mul", _axes(b, c, 1), outer), size)
-    re, im = b.op("Gather", cos, phase), b.op("Gather", sin, phase)
-    upper = b.op("Concat", re, im, axis=2)
-    lower = b.op("Concat", b.op("Neg", im), re, axis=2)
-    second = b.op("Concat", upper, lower, axis=1)
+    second = _turned(b, *(b.op("Gather", table, phase) for table in (cos, sin)))
+    # OpenVINO 2026.4 multiplies wrongly by the transpose of the product's matrix itself
+    phase = b.op("Transpose", phase, perm=[0, 2, 1])
+    back = _turned(b, b.op("Gather", cos, phase), b.op("Neg", b.op("Gather", sin, phase)))
     return Monarch(
         rows=rows,
         bins=bins,
@@ -73,8 +73,14 @@ def monarch(b: BodyBuilder, n1: str, n2: str) -> Monarch:
         first=first,
         first_back=b.op("Transpose", b.op("Mul", first, _weights(b, k1, rows, size)), perm=[1, 0]),
         second=second,
-        second_back=b.op("Transpose", second, perm=[0, 2, 1]),
+        second_back=back,
     )
+
+
+def _turned(b: BodyBuilder, re: str, im: str) -> str:
+    """Multiplication of a row ``[re | im]`` by a complex matrix: ``[[re, im], [-im, re]]``."""
+    upper = b.op("Concat", re, im, axis=2)
+    return b.op("Concat", upper, b.op("Concat", b.op("Neg", im), re, axis=2), axis=1)
 
 
 def _circle(b: BodyBuilder, size: str) -> tuple[str, str]:

@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import onnx
 
@@ -40,13 +43,26 @@ def _step() -> onnx.GraphProto:
     return b.graph("step", [], [y, cache])
 
 
-def _many(b: BodyBuilder, n1: str, n2: str) -> onnx.GraphProto:
-    """T > 1: write the chunk, convolve everything so far, keep the chunk's part."""
+def _written(b: BodyBuilder) -> tuple[str, str]:
+    """The cache with the chunk in it, and the position behind the chunk."""
     zero, time = b.ints(0), b.ints(2)
     end = b.op("Add", "pos", b.op("Shape", "u", start=2))
     before = b.op("Slice", "cache", zero, "pos", time)
     behind = b.op("Slice", "cache", end, b.op("Shape", "cache", start=2), time)
-    cache = b.op("Concat", before, "u", behind, axis=2)
+    return b.op("Concat", before, "u", behind, axis=2), end
+
+
+def _whole(b: BodyBuilder, n1: str, n2: str) -> onnx.GraphProto:
+    """T > 1, the transform of the whole filter whatever the position."""
+    cache, end = _written(b)
+    y = convolve(b, cache, "h", monarch(b, n1, n2))
+    return b.graph("whole", [], [b.op("Slice", y, "pos", end, b.ints(2)), cache])
+
+
+def _many(b: BodyBuilder, n1: str, n2: str) -> onnx.GraphProto:
+    """T > 1: write the chunk, convolve everything so far, keep the chunk's part."""
+    time = b.ints(2)
+    cache, end = _written(b)
     powers = b.const([1 << i for i in range(_MAX_BITS)], np.int64)
     bits = b.op("ReduceSum", b.op("Cast", b.op("Less", powers, b.op("Mul", end, time)), to=7), keepdims=1)
     small = b.op("Less", b.op("Gather", powers, bits), b.op("Mul", n1, n2))
@@ -74,7 +90,7 @@ def _full(cache: str, n1: str, n2: str) -> onnx.GraphProto:
     return b.graph("full", [], [convolve(b, cache, "h", monarch(b, n1, n2))])
 
 
-def _monarch(opset: int) -> onnx.FunctionProto:
+def _body(long: Callable[[BodyBuilder, str, str], onnx.GraphProto], opset: int) -> onnx.FunctionProto:
     b = BodyBuilder("fftcached")
     n1, n2 = sizes(b)
     b.multi(
@@ -82,7 +98,7 @@ def _monarch(opset: int) -> onnx.FunctionProto:
         b.op("Squeeze", b.op("Equal", b.op("Shape", "u", start=2), b.ints(1))),
         outs=_OUTPUTS,
         then_branch=_step(),
-        else_branch=_many(BodyBuilder("many"), n1, n2),
+        else_branch=long(BodyBuilder("many"), n1, n2),
     )
     return b.function("fft_conv_cached", _INPUTS, _OUTPUTS, opset, attributes=["n1", "n2"])
 
@@ -96,9 +112,13 @@ SPEC = OpSpec(
     appends={"new_cache": Append("cache", "pos", axis=2)},
     bodies={
         "monarch": Body(
-            _monarch,
+            partial(_body, _many),
             "one token is a dot product; more are a DFT as matrix products, of the stream's size while it "
             "is short: the DFT operator is many times slower, and inaccurate",
-        )
+        ),
+        "whole": Body(
+            partial(_body, _whole),
+            "the same with the DFT of the whole filter alone, for runtimes without sizes that are data",
+        ),
     },
 )

@@ -172,22 +172,39 @@ def _renamed(b: BodyBuilder) -> onnx.GraphProto:
     return b.graph("many", [], list(names.values()))
 
 
-def _parallel(opset: int) -> onnx.FunctionProto:
-    b = BodyBuilder("linatt")
+def _parallel_nodes(b: BodyBuilder, inside: _Inside, each: str) -> tuple[str, str]:
+    """The chunk as one, with as many decays a head as ``each`` says: out and new_state."""
     batch, length = (b.op("Shape", "q", start=i, end=i + 1) for i in (0, 1))
     lead = b.op("Concat", b.ints(1), batch, length, axis=0)
     heads = [_heads(b, x, lead) for x in ("q", "k", "v")]
     one = b.op("Unsqueeze", b.attribute("q_num_heads", "int"), b.ints(0))
-    # a decay a key does not fit: an error, as it should be
-    heads.append(b.op("Reshape", "decay", b.op("Concat", lead, one, b.ints(1), axis=0)))
+    heads.append(b.op("Reshape", "decay", b.op("Concat", lead, one, each, axis=0)))
     q, k, v, decay = (b.op("Transpose", x, perm=[0, 1, 3, 2, 4]) for x in heads)
     q = b.op("Mul", q, b.attribute("scale", "float"))
-    out, faded_q, increment, keep = _inside(b, q, k, v, decay)
+    out, faded_q, increment, keep = inside(b, q, k, v, decay)
     out = b.op("Add", out, b.op("MatMul", faded_q, "state"))
     joined = b.op("Transpose", b.op("Squeeze", out, b.ints(0)), perm=[0, 2, 1, 3])
-    b.op("Reshape", joined, b.ints(0, 0, -1), out="out")
     state = b.op("Add", b.op("Mul", keep, "state"), increment)
-    b.op("Squeeze", state, b.ints(0), out="new_state")
+    return b.op("Reshape", joined, b.ints(0, 0, -1)), b.op("Squeeze", state, b.ints(0))
+
+
+def _parallel(opset: int) -> onnx.FunctionProto:
+    b = BodyBuilder("linatt")
+    # a decay a key does not fit: an error, as it should be
+    for name, made in zip(_OUTPUTS, _parallel_nodes(b, _inside, b.ints(1)), strict=True):
+        b.op("Identity", made, out=name)
+    return _function(b, opset)
+
+
+def _parallel_either(opset: int) -> onnx.FunctionProto:
+    b = BodyBuilder("linatt")
+    heads = b.op("Unsqueeze", b.attribute("q_num_heads", "int"), b.ints(0))
+    branches = {}
+    for branch, inside in (("then_branch", _inside_keys), ("else_branch", _inside)):
+        inner = BodyBuilder(branch[:4])
+        branches[branch] = inner.graph(branch, [], _parallel_nodes(inner, inside, inner.ints(-1)))
+    more = b.op("Greater", b.op("Shape", "decay", start=2), heads)
+    b.multi("If", b.op("Squeeze", more), outs=_OUTPUTS, **branches)
     return _function(b, opset)
 
 
@@ -214,6 +231,10 @@ SPEC = OpSpec(
             _parallel,
             "no control flow, for providers without Scan and If, one decay a head; memory grows with the "
             "square of the chunk",
+        ),
+        "parallel_either": Body(
+            _parallel_either,
+            "the same for one decay a head or a key: an If that is decided when the shapes are",
         ),
     },
 )

@@ -59,7 +59,7 @@ Format = Callable[[Context, ir.Value], Stored | Refusal]
 
 def formats() -> dict[str, Format]:
     """Format name -> the function that applies it."""
-    from xexport.quant.formats import block, channel, half, half_product, rows
+    from xexport.quant.formats import block, channel, dequantize, half, half_product, rows
 
     return {
         "float16": half.apply,
@@ -67,5 +67,6 @@ def formats() -> dict[str, Format]:
         "int8-rows": rows.apply,
         "int8-block": block.apply_int8,
         "int8-channel": channel.apply,
+        "int8-dequantize": dequantize.apply,
         "int4-block": block.apply_int4,
     }

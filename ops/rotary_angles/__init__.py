@@ -1,0 +1,1 @@
+"""cos and sin of positions times frequencies, exact at any distance."""
