@@ -39,4 +39,4 @@ def apply(context: Context, value: ir.Value) -> Stored | Refusal:
         product.replace_input_with(1, result)
     drop_unused(context, value)
     error = relative_error(matrix, codes.astype(np.float32) * scales)
-    return Stored("int8 per channel", codes.nbytes + scales.nbytes, error)
+    return Stored("int8 per channel, float products", codes.nbytes + scales.nbytes, error)
