@@ -7,14 +7,17 @@ decays (arXiv 2312.06635, section 4.1):
     o_t = scale * ( sum_{s<=t} exp(c_t - c_s) (q_t.k_s) v_s  +  exp(c_t) S^T q_t )
     S'  = exp(c_C) S + sum_s exp(c_C - c_s) k_s v_s^T
 
-Every exponent is 0 or below, so nothing overflows. A short last chunk is padded with k = v = g = 0,
-which leaves the state as it is. With one decay a key the fading is inside the sum over keys, and has to be
-written out for every pair of tokens of a chunk: chunks are shorter then.
+Every exponent is 0 or below, so nothing overflows. A difference of two sums of hundreds would keep the
+rounding of the sums, 3e-5: the decays are summed as multiples of 2^-8, which float32 does exactly up to 2^16,
+and as the rest, whose sums stay small. A short last chunk is padded with k = v = g = 0, which leaves the
+state as it is. With one decay a key the fading is inside the sum over keys, and has to be written out for
+every pair of tokens of a chunk: chunks are shorter then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -46,31 +49,56 @@ def _inside(b: BodyBuilder, q: str, k: str, v: str, decay: str) -> tuple[str, st
     """
     # one column, which it has: ONNX Runtime infers shapes in the branch that is never taken as well
     decay = b.op("Slice", decay, b.ints(0), b.ints(1), b.ints(-1))
-    running = b.op("CumSum", decay, b.const(-2, np.int64))
-    total = b.op("ReduceSum", decay, b.ints(-2))
-    rank = _swap(b, running)
-    zero = b.const(0.0, np.float32)
-    fade = b.op("Exp", b.op("Min", b.op("Sub", running, rank), zero))
+    sums = _sums(b, decay)
+    lag = _difference(b, sums.running, [_swap(b, x) for x in sums.running])
+    fade = b.op("Exp", b.op("Min", lag, b.const(0.0, np.float32)))
     scores = b.op("MatMul", q, _swap(b, k))
     out = b.op("MatMul", b.op("Mul", b.op("Trilu", fade, upper=0), scores), v)
-    faded_q = b.op("Mul", q, b.op("Exp", running))
-    faded_k = b.op("Mul", k, b.op("Exp", b.op("Sub", total, running)))
-    return out, faded_q, b.op("MatMul", _swap(b, faded_k), v), b.op("Exp", total)
+    faded_q, faded_k, keep = _faded(b, q, k, sums)
+    return out, faded_q, b.op("MatMul", _swap(b, faded_k), v), keep
 
 
 def _inside_keys(b: BodyBuilder, q: str, k: str, v: str, decay: str) -> tuple[str, str, str, str]:
     """The same for one decay a key, ``decay [...,H,C,K]``; the state's decay is ``[...,K,1]``."""
-    running = b.op("CumSum", decay, b.const(-2, np.int64))
-    total = b.op("ReduceSum", decay, b.ints(-2))
+    sums = _sums(b, decay)
     here, there = (b.ints(-2), b.ints(-3))
-    lag = b.op("Sub", b.op("Unsqueeze", running, here), b.op("Unsqueeze", running, there))
+    lag = _difference(b, *([b.op("Unsqueeze", x, axis) for x in sums.running] for axis in (here, there)))
     fade = b.op("Exp", b.op("Min", lag, b.const(0.0, np.float32)))
     pairs = b.op("Mul", b.op("Unsqueeze", q, here), b.op("Unsqueeze", k, there))
     scores = b.op("ReduceSum", b.op("Mul", pairs, fade), b.ints(-1), keepdims=0)
     out = b.op("MatMul", b.op("Trilu", scores, upper=0), v)
-    faded_q = b.op("Mul", q, b.op("Exp", running))
-    faded_k = b.op("Mul", k, b.op("Exp", b.op("Sub", total, running)))
-    return out, faded_q, b.op("MatMul", _swap(b, faded_k), v), b.op("Exp", _swap(b, total))
+    faded_q, faded_k, keep = _faded(b, q, k, sums)
+    return out, faded_q, b.op("MatMul", _swap(b, faded_k), v), _swap(b, keep)
+
+
+class _Sums(NamedTuple):
+    """Sums of decays up to each token and over all, each in two parts: multiples of 2^-8, and the rest."""
+
+    running: list[str]
+    total: list[str]
+
+
+def _sums(b: BodyBuilder, decay: str) -> _Sums:
+    """Of ``decay [...,C,D]``: the running sums, and ``[...,1,D]``."""
+    steps = b.op("Round", b.op("Mul", decay, b.const(256.0, np.float32)))
+    coarse = b.op("Mul", steps, b.const(2.0**-8, np.float32))
+    parts = (coarse, b.op("Sub", decay, coarse))
+    return _Sums(
+        [b.op("CumSum", x, b.const(-2, np.int64)) for x in parts],
+        [b.op("ReduceSum", x, b.ints(-2)) for x in parts],
+    )
+
+
+def _difference(b: BodyBuilder, x: Sequence[str], y: Sequence[str]) -> str:
+    """x - y of values in two parts."""
+    return b.op("Add", *(b.op("Sub", one, other) for one, other in zip(x, y, strict=True)))
+
+
+def _faded(b: BodyBuilder, q: str, k: str, sums: _Sums) -> tuple[str, str, str]:
+    """q faded for the state before the chunk, k for that behind it, and what the chunk leaves of a state."""
+    fade_q = b.op("Exp", b.op("Add", *sums.running))
+    fade_k = b.op("Exp", _difference(b, sums.total, sums.running))
+    return b.op("Mul", q, fade_q), b.op("Mul", k, fade_k), b.op("Exp", b.op("Add", *sums.total))
 
 
 def _swap(b: BodyBuilder, x: str) -> str:
