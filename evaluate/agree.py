@@ -20,6 +20,7 @@ from xexport.runtimes.opening import CPU
 __all__ = ["require_agreement"]
 
 _STEPS = 12
+_AT_ONCE = 24  # inputs of the first call, of a target that prepares no lengths
 _SEED = 3
 
 
@@ -40,7 +41,7 @@ def require_agreement(bundle: Bundle, target: Target) -> dict[str, Any]:
     """
     manifest = bundle.manifest
     contract = manifest.model.contract
-    longest = sum(target.lengths or [1])
+    longest = sum(target.lengths) or _AT_ONCE
     if contract.streams and contract.max_tokens is not None:
         longest = min(longest, contract.max_tokens - _STEPS * contract.inputs.multiple)
     rng = np.random.default_rng(_SEED)
