@@ -25,6 +25,7 @@ __all__ = [
     "Manifest",
     "ModelInfo",
     "Refusal",
+    "Ring",
     "StateTensor",
     "TensorDecision",
     "decode_manifest",
@@ -55,16 +56,40 @@ class GraphTensor(msgspec.Struct, frozen=True):
     shape: tuple[int | str, ...]
 
 
+class Ring(msgspec.Struct, frozen=True):
+    """Rows of a state tensor that a stream's tokens fill in turn, over and over.
+
+    Token n, ``start <= n`` and below ``until`` if that is not 0, writes row
+    ``first + (n - start) mod span // rate``, or none.
+    """
+
+    first: int
+    span: int
+    start: int = 0
+    until: int = 0
+    rate: int = 1
+
+    def written(self, begin: int, count: int) -> list[int]:
+        """Rows that ``count`` tokens from ``begin`` on may write."""
+        end = min(begin + count, self.until) if self.until else begin + count
+        begin = max(begin, self.start, end - self.span)
+        if end - begin == 1:
+            return [self.first + (begin - self.start) % self.span // self.rate]
+        return sorted({self.first + (n - self.start) % self.span // self.rate for n in range(begin, end)})
+
+
 class Appended(msgspec.Struct, frozen=True):
     """A state tensor that one node reads and only appends to, so that its kernel may update it in place.
 
     The node is of operator ``op``; the stream lies along ``axis`` and ends at the value of the state
-    tensor ``position``, [1] int64, behind which there is nothing yet.
+    tensor ``position``, [1] int64, behind which there is nothing yet. With ``rings`` its tokens overwrite
+    older ones: of those rows a runtime keeps a copy until the run has succeeded.
     """
 
     op: str
     axis: int
     position: str
+    rings: tuple[Ring, ...] = ()
 
 
 class StateTensor(msgspec.Struct, frozen=True):

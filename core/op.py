@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from xexport.core.manifest import Ring
 
 if TYPE_CHECKING:
     import onnx
@@ -33,17 +35,20 @@ class Append:
     """What an output is to an input that holds a stream so far: the same, with this call's values in it.
 
     A kernel may write it over the input: should the run fail later on, what the stream holds, up to its
-    position, is as before.
+    position, is as before. Of an input in which later tokens overwrite older ones, ``rings`` says which rows.
 
     Attributes:
         source: name of that input.
         position: name of the input, [1] int64, that says where the call's values begin.
         axis: of the stream.
+        rings: (attributes and constant inputs by name, length of the axis) -> the rows that tokens overwrite,
+            None if those don't say.
     """
 
     source: str
     position: str
     axis: int
+    rings: Callable[[Mapping[str, Any], int], tuple[Ring, ...] | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,18 @@
 A state tensor normally needs two: a run reads one and writes the other, and what it read stays whole until
 the run has succeeded. A cache of a stream's past is different. If its one reader is a node that hands it on
 with the new values behind the old ones (``core/op.py Append``), writing them into the same memory leaves
-everything up to the position as it was. Whether a runtime does it depends on its having that node's kernel.
+everything up to the position as it was; or, in a ring, all but the rows that the tokens overwrite, which a
+runtime can keep meanwhile. Whether a runtime does it depends on its having that node's kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 
-from xexport.core.manifest import Appended
+from xexport.core.manifest import Appended, Ring
 from xexport.core.op import OpSpec
 from xexport.core.registry import get_op, op_names
 from xexport.exporter.trace import output_name
@@ -54,4 +56,24 @@ def _appended(
     alone = [(u.node, u.idx) for u in old.uses()] == [(node, source)]
     if not alone or old.is_graph_output() or position not in states:
         return None
-    return Appended(spec.graph_name, append.axis, states[position])
+    rings: tuple[Ring, ...] = ()
+    if append.rings is not None:
+        length = old.shape[append.axis] if old.shape is not None else None
+        told = append.rings(_constants(node, spec), length) if isinstance(length, int) else None
+        if told is None:
+            return None
+        rings = told
+    return Appended(spec.graph_name, append.axis, states[position], rings)
+
+
+def _constants(node: ir.Node, spec: OpSpec) -> dict[str, Any]:
+    """The node's attributes and the values of its inputs that are constant, by their formal names."""
+    found = {name: a.value for name, a in node.attributes.items() if isinstance(a, ir.Attr)}
+    for name, value in zip(spec.inputs, node.inputs, strict=True):
+        if (
+            value is not None
+            and value.const_value is not None
+            and value.const_value.dtype == ir.DataType.INT64
+        ):
+            found[name] = value.const_value.numpy()
+    return found

@@ -69,6 +69,6 @@ def _bytes(tensor: StateTensor) -> int:
 
 def _stream_axis(tensor: StateTensor, bound: int | None) -> int | None:
     """The axis along which the stream lies, None for a tensor that is rewritten at every token."""
-    if tensor.appended is not None:
+    if tensor.appended is not None and not tensor.appended.rings:
         return tensor.appended.axis
     return next((i for i, dim in enumerate(tensor.shape) if bound is not None and dim == bound), None)

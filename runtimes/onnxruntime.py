@@ -190,6 +190,7 @@ class OrtCell:
     def run(self, inputs: Inputs, keep: int = 0) -> npt.NDArray[np.float32]:
         """Run ids ``[B,T]`` or features ``[B,T,F]``; the state moves on only if ORT succeeds."""
         batch, length = inputs.shape[:2]
+        self.buffers.protect(length)
         if length == self._unit:
             self._inputs[...] = inputs
             self._execute(self._step)

@@ -3,8 +3,9 @@
 A run reads a tensor's present buffer and writes the other one; when it has succeeded they change places, so a
 run that fails leaves the state as it was. A cache of the stream's past (``core.manifest.Appended``) whose
 operator has a kernel that writes in place gets along with one buffer: the run writes behind the stream's
-position only, and what a failed one left there is cleared. That saves half its memory, and a copy of it at
-every step.
+position only, and what a failed one left there is cleared. Where it overwrites older tokens, in a ring, the
+rows in question (one or few for a token) are copied beforehand, and put back. That saves half its memory, and
+a copy of it at every step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xexport.core.errors import BundleError
-from xexport.core.manifest import StateTensor
+from xexport.core.manifest import Appended, StateTensor
 
 __all__ = ["StateBuffers", "aligned", "check_appended"]
 
@@ -40,12 +41,19 @@ class StateBuffers:
     def __init__(self, state: Sequence[StateTensor], batch: int, in_place: Collection[str] = ()) -> None:
         self._state = tuple(state)
         self._in_place = frozenset(in_place)
+        self._kept: list[tuple[Array, Array]] = []
         first = {s.name: aligned(_concrete(s.shape, batch), s.dtype) for s in self._state}
         second = {
             s.name: first[s.name] if s.name in self._in_place else aligned(_concrete(s.shape, batch), s.dtype)
             for s in self._state
         }
         self.sets = (first, second)
+        #: how rows are overwritten (the same in many layers) -> the buffers, that axis first
+        self._rings: dict[Appended, list[Array]] = {}
+        for s in self._state:
+            if s.name in self._in_place and s.appended is not None and s.appended.rings:
+                rows = np.moveaxis(first[s.name], s.appended.axis, 0)
+                self._rings.setdefault(s.appended, []).append(rows)
         self.side = 0
         self._written = not all(s.init == 0 for s in self._state)  # not by runs alone: all of it counts
         self.reset()
@@ -55,14 +63,25 @@ class StateBuffers:
         """The buffers of the present state."""
         return self.sets[self.side]
 
+    def protect(self, count: int) -> None:
+        """A run of ``count`` tokens begins: keep what it overwrites in place."""
+        self._kept.clear()
+        for how, buffers in self._rings.items():
+            end = int(self.present[how.position][0])
+            rows = [row for ring in how.rings for row in ring.written(end, count)]
+            for part in (buffer[row] for buffer in buffers for row in rows):
+                self._kept.append((part, part.copy()))
+
     def commit(self) -> None:
         """A run succeeded: what it wrote is the present state."""
         self.side ^= 1
 
     def undo(self) -> None:
         """A run failed: what it may have written into the present state goes."""
+        for part, old in self._kept:
+            part[...] = old
         for s in self._state:
-            if s.name in self._in_place:
+            if s.name in self._in_place and not (s.appended and s.appended.rings):
                 self._part(s, slice(self._end(s), None))[...] = s.init
 
     def read(self) -> dict[str, Array]:
@@ -77,7 +96,11 @@ class StateBuffers:
 
     def reset(self) -> None:
         """First values. Of an appended tensor only what the stream has filled is touched."""
-        ends = {s.name: self._end(s) for s in self._state if s.appended is not None and not self._written}
+        ends = {
+            s.name: self._end(s)
+            for s in self._state
+            if s.appended is not None and not s.appended.rings and not self._written
+        }
         for s in self._state:
             self._part(s, slice(0, ends.get(s.name)))[...] = s.init
         self._written = False
@@ -112,6 +135,14 @@ def check_appended(state: Sequence[StateTensor]) -> None:
                 got=f"axis {axis} of {list(s.shape)}, position {position!r}",
                 fix="export the model again",
             )
+        for ring in s.appended.rings:
+            least = min(ring.first, ring.start, ring.until, ring.span - 1, ring.rate - 1)
+            if least < 0 or ring.first + (ring.span - 1) // ring.rate >= int(s.shape[axis]):
+                raise BundleError(
+                    f"the manifest's state {s.name!r} has a ring that is not in it",
+                    got=f"{ring} of {list(s.shape)}",
+                    fix="export the model again",
+                )
 
 
 def aligned(shape: tuple[int, ...], dtype: str) -> Array:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from chunk_form import random_model
 from exported import Exporter
 from onnx import helper, numpy_helper
 from tolerances import TOLERANCES
@@ -22,9 +23,9 @@ from tolerances import TOLERANCES
 import xexport
 from xexport.core.contract import Contract
 from xexport.core.errors import BundleError, RuntimeFailure
-from xexport.core.manifest import Appended, StateTensor
+from xexport.core.manifest import Appended, Ring, StateTensor
 from xexport.core.op import DOMAIN
-from xexport.core.registry import get_op
+from xexport.core.registry import get_family, get_op
 from xexport.exporter.appended import appended_states
 from xexport.ops.fft_conv.reference import fft_sizes
 from xexport.runtimes.native import find_native
@@ -230,6 +231,92 @@ def test_a_failed_run_leaves_the_state_alone(native: Path, bad: list[list[int]])
         np.testing.assert_array_equal(value, before[name])
     np.testing.assert_array_equal(cell.run(np.array([[5]])), [[[20, 21, 22, 23]]])
     assert written[0, 0, :5].tolist() == [1, 2, 3, 5, 0]
+
+
+# Rings, in which a token overwrites an older one
+
+WINDOW, SINKS = 5, 2
+RINGS = {
+    "window": (Ring(first=0, span=SINKS, until=SINKS), Ring(first=SINKS, span=WINDOW, start=SINKS)),
+    "no sinks": (Ring(first=0, span=WINDOW),),
+    "dilated": (Ring(first=0, span=4), Ring(first=4, span=9, rate=3)),
+}
+
+
+@pytest.mark.parametrize("rings", RINGS.values(), ids=RINGS)
+def test_the_rows_that_a_chunk_overwrites(rings: tuple[Ring, ...]) -> None:
+    """Against one token at a time, over three turns and across the sinks' end."""
+    for ring in rings:
+        for begin in range(20):
+            for count in (1, 2, 3, 7, 30):
+                tokens = range(max(begin, ring.start), min(begin + count, ring.until or 99))
+                want = {ring.first + (n - ring.start) % ring.span // ring.rate for n in tokens}
+                assert ring.written(begin, count) == sorted(want)
+
+
+@pytest.mark.parametrize("family", ["transformer", "longnet"])
+def test_a_ring_is_updated_in_place(
+    native: Path, exporter: Exporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Steps and chunks, over several turns: the same bits as in two buffers, and what the bodies give; a run
+    that fails after all its kernels have written leaves every byte as it was."""
+    config = get_family(family).presets["tiny"]
+    if family == "transformer":
+        config = replace(config, windows=(WINDOW,), sinks=SINKS)
+    module = random_model(get_family(family), config)
+    folder = exporter.export(module, "cpu-fp32", tmp_path / "ring")
+    engine = xexport.load(folder).engine(threads=1)
+    names = {s.name for s in engine.manifest.state if s.appended and s.appended.rings}
+    assert engine.in_place() == names
+    assert len(names) == 2 * config.layers
+    cell, twin = engine.cell(2), OrtCell(engine.session, engine.manifest, 2)
+    session, ids = cell._session, np.random.default_rng(4).integers(0, config.vocab_size, (2, 60))
+
+    class Fails:
+        """A session whose runs fail when everything is written."""
+
+        io_binding = staticmethod(session.io_binding)
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            session.run_with_iobinding(binding)
+            raise RuntimeError("out of luck")
+
+    for part in np.split(ids, [1, 2, 3, 9, 10, 23, 24, 25, 41, 42], axis=1):
+        before = cell.read()
+        monkeypatch.setattr(cell, "_session", Fails())
+        with pytest.raises(RuntimeFailure, match="out of luck"):
+            cell.run(np.ascontiguousarray(part))
+        monkeypatch.setattr(cell, "_session", session)
+        for name, value in cell.read().items():
+            np.testing.assert_array_equal(value, before[name], name)
+        np.testing.assert_array_equal(*(c.run(np.ascontiguousarray(part)) for c in (cell, twin)))
+        for name, value in twin.read().items():
+            np.testing.assert_array_equal(cell.read()[name], value, name)
+    monkeypatch.setenv("XEXPORT_NATIVE", "0")
+    plain = xexport.load(folder).engine(threads=1)
+    assert plain.in_place() == frozenset()
+    last = plain.cell(2)
+    last.run(ids)
+    for name, value in last.read().items():
+        scale = max(1.0, float(np.abs(value).max()))
+        assert float(np.abs(value - cell.read()[name]).max()) / scale < TOLERANCES["model_fp32"], name
+    fresh = engine.cell(2).read()
+    cell.reset()
+    for name, value in cell.read().items():
+        np.testing.assert_array_equal(value, fresh[name], name)
+
+
+@pytest.mark.parametrize(
+    "ring",
+    [Ring(first=0, span=7), Ring(first=-1, span=2), Ring(first=0, span=0), Ring(first=0, span=2, rate=0)],
+)
+def test_a_ring_outside_of_its_tensor_is_refused(ring: Ring) -> None:
+    first, cache, last = states()
+    inside = msgspec.structs.replace(APPENDED, rings=(Ring(first=0, span=6),))
+    check_appended((first, msgspec.structs.replace(cache, appended=inside), last))
+    outside = msgspec.structs.replace(APPENDED, rings=(ring,))
+    with pytest.raises(BundleError, match="ring that is not in it"):
+        check_appended((first, msgspec.structs.replace(cache, appended=outside), last))
 
 
 # The buffers themselves

@@ -8,11 +8,16 @@ for runtimes without the kernel, and right for every stream.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import onnx
 
-from xexport.core.op import Body, OpSpec
+from xexport.core.manifest import Ring
+from xexport.core.op import Append, Body, OpSpec
 from xexport.ops.builder import BodyBuilder
+from xexport.ops.dilated_attention.reference import cache_rows
 
 __all__ = ["SPEC"]
 
@@ -133,12 +138,24 @@ def _build(opset: int) -> onnx.FunctionProto:
     return body.b.function("dilated_attention", _INPUTS, _OUTPUTS, opset, attributes=tuple(_ATTRIBUTES))
 
 
+def _rings(node: Mapping[str, Any], rows: int) -> tuple[Ring, ...] | None:
+    """A ring for every pair, one behind the other; a head without the token's place writes nothing."""
+    if "segments" not in node or "rates" not in node:
+        return None
+    found, first = [], 0
+    for segment, rate in zip(node["segments"].tolist(), node["rates"].tolist(), strict=True):
+        found.append(Ring(first=first, span=segment, rate=rate))
+        first += cache_rows(segment, rate)
+    return tuple(found) if first == rows else None
+
+
 SPEC = OpSpec(
     name="dilated_attention",
     inputs=_INPUTS,
     outputs=_OUTPUTS,
     attributes=_ATTRIBUTES,
     input_types=dict.fromkeys(("pos", "segments", "rates", "offsets"), "I"),
+    appends={f"new_{name}": Append(name, "pos", 2, _rings) for name in ("k_cache", "v_cache")},
     bodies={
         "masked": Body(
             _build,

@@ -6,10 +6,14 @@ own. The cost is T (S + C + T): for runtimes without the kernel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import onnx
 
-from xexport.core.op import Body, OpSpec
+from xexport.core.manifest import Ring
+from xexport.core.op import Append, Body, OpSpec
 from xexport.ops.builder import BodyBuilder
 
 __all__ = ["SPEC"]
@@ -113,12 +117,20 @@ def _build(opset: int) -> onnx.FunctionProto:
     return body.b.function("window_attention", _INPUTS, _OUTPUTS, opset, attributes=tuple(_ATTRIBUTES))
 
 
+def _rings(node: Mapping[str, Any], rows: int) -> tuple[Ring, ...]:
+    """Row s of a sink s, row S + (s - S) mod C of any other token s."""
+    sinks = int(node["sinks"])
+    ring = Ring(first=sinks, span=rows - sinks, start=sinks)
+    return (Ring(first=0, span=sinks, until=sinks), ring) if sinks else (ring,)
+
+
 SPEC = OpSpec(
     name="window_attention",
     inputs=_INPUTS,
     outputs=_OUTPUTS,
     attributes=_ATTRIBUTES,
     input_types={"pos": "I"},
+    appends={f"new_{name}": Append(name, "pos", 2, _rings) for name in ("k_cache", "v_cache")},
     bodies={
         "masked": Body(
             _build,
