@@ -149,7 +149,7 @@ class OrtEngine:
 
         A function body is no such thing: it may read the old value after it has written the new one.
         """
-        if self.native.path is None:
+        if self.native.path is None or self.provider != _CPU:
             return frozenset()
         able = self.native.in_place
         return frozenset(s.name for s in self.manifest.state if s.appended and s.appended.op in able)
