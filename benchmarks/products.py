@@ -46,15 +46,9 @@ def weights(form: str, n: int, k: int, rng: np.random.Generator) -> tuple[str, A
         codes = rng.integers(0, 256, (n, k // block, block), dtype=np.uint8)
         scales = rng.uniform(0.001, 0.01, (n, k // block)).astype(np.float32)
         return "linear_int8", {"weight": codes, "scales": scales}, {"K": k, "N": n, "block_size": block}
-    codes = rng.integers(0, 256, (n, k // 32, 16), dtype=np.uint8)
-    return (
-        "linear_int4",
-        {"weight": codes, "scales": rng.uniform(0.001, 0.01, (n, k // 32)).astype("f2")},
-        {
-            "K": k,
-            "N": n,
-        },
-    )
+    codes = rng.integers(0, 256, (n // 8, k // 32, 4, 8, 4), dtype=np.uint8)
+    scales = rng.uniform(0.001, 0.01, (n // 8, k // 32, 8)).astype("f2")
+    return "linear_int4x8", {"weight": codes, "scales": scales}, {"K": k, "N": n}
 
 
 def graph(form: str, n: int, k: int, tokens: int, total: int) -> tuple[bytes, int, int]:

@@ -24,7 +24,8 @@ from xexport.core.registry import get_op
 from xexport.exporter.functions import attach_functions
 from xexport.exporter.passes.products import rewrite
 from xexport.ops.linear.reference import linear
-from xexport.ops.linear_int4.reference import linear_int4
+from xexport.ops.linear_int4x8.layout import interleaved_codes, interleaved_scales
+from xexport.ops.linear_int4x8.reference import dequantized, linear_int4x8
 from xexport.ops.linear_int8.reference import linear_int8
 from xexport.quant.apply import quantize
 from xexport.quant.blocks import quantize_blocks
@@ -48,16 +49,24 @@ class Case:
             return
         bits, size = (8, int(kind[5:])) if kind.startswith("int8") else (4, 32)
         blocks = quantize_blocks(w, bits, size, half_scales=bits == 4)
-        self.op, self.attributes = f"linear_int{bits}", {"K": K, "N": N}
+        self.op = "linear_int8" if bits == 8 else "linear_int4x8"
+        self.attributes = {"K": K, "N": N}
         if bits == 8:
             self.attributes["block_size"] = size
             self.tensors = [blocks.codes, blocks.scales]
         else:
             packed = blocks.codes[..., 0::2] | (blocks.codes[..., 1::2] << 4)
-            self.tensors = [packed, blocks.scales.astype(np.float16)]
+            self.tensors = [
+                interleaved_codes(packed),
+                interleaved_scales(blocks.scales.astype(np.float16)),
+            ]
 
     def reference(self, x: Array) -> Array:
-        function: Any = {"linear": linear, "linear_int8": linear_int8, "linear_int4": linear_int4}[self.op]
+        function: Any = {
+            "linear": linear,
+            "linear_int8": linear_int8,
+            "linear_int4x8": linear_int4x8,
+        }[self.op]
         y: Array = function(
             torch.from_numpy(x).double(), *map(torch.from_numpy, self.tensors), *self.attributes.values()
         ).numpy()
@@ -175,6 +184,20 @@ def test_threads_change_nothing(library: Path, kind: str) -> None:
         np.testing.assert_array_equal(case.run(x, library, threads=2), case.run(x, library))
 
 
+@pytest.mark.parametrize("N", [1, 8, 13])
+def test_interleaved_rows_are_those_of_matmulnbits(N: int) -> None:
+    """The reference undoes what layout.py does: each row has its own codes and scales, and no other's."""
+    rng = np.random.default_rng(N)
+    codes = rng.integers(0, 256, (N, 3, 16), dtype=np.uint8)
+    scales = rng.uniform(0.5, 2, (N, 3)).astype(np.float16)
+    halves = np.stack((codes & 15, codes >> 4), -1).reshape(N, 3, 32).astype(np.float64) - 8
+    want = (halves * scales[..., None].astype(np.float64)).reshape(N, 96)[:, :90]
+    stored = (torch.from_numpy(a) for a in (interleaved_codes(codes), interleaved_scales(scales)))
+    got = dequantized(*stored, 90).numpy()
+    np.testing.assert_array_equal(got[:N], want)
+    assert not got[N:].any()
+
+
 # The chunk law: what a token gives doesn't depend on the others
 
 
@@ -231,9 +254,10 @@ def test_activations_of_any_size(library: Path, isa: str, kind: str, scale: floa
         ("int8-64", {0: (9, 1, 32)}, "K 64 and N 9 disagree with the weight, uint8 \\[9,1,32\\]"),
         ("int8-64", {0: (9, 1, 48)}, "blocks must be of 32, 64 or 128 weights"),
         ("int8-64", {1: (9, 2)}, r"scales must be float32 \[9,1\], got float32 \[9,2\]"),
-        ("int4", {0: (9, 3, 16), 1: (9, 3)}, "disagree"),
-        ("int4", {0: (9, 2, 8)}, r"weight must be uint8 \[any,any,16\]"),
-        ("int4", {1: (8, 2)}, r"scales must be float16 \[9,2\], got float16 \[8,2\]"),
+        ("int4", {0: (2, 3, 4, 8, 4), 1: (2, 3, 8)}, "disagree"),
+        ("int4", {0: (1, 2, 4, 8, 4), 1: (1, 2, 8)}, "K 64 and N 9 disagree"),
+        ("int4", {0: (2, 2, 4, 8, 3)}, r"weight must be uint8 \[any,any,4,8,4\]"),
+        ("int4", {1: (2, 8, 2)}, r"scales must be float16 \[2,2,8\], got float16 \[2,8,2\]"),
     ],
 )
 def test_wrong_shapes_are_refused_by_name(
@@ -312,7 +336,7 @@ def outputs(model: ir.Model, x: Array, folder: Path, library: Path | None) -> Ar
 
 @pytest.mark.parametrize(
     ("scheme", "op"),
-    [("fp32", "linear"), ("fp16", "linear"), ("int8", "linear_int8"), ("int4", "linear_int4")],
+    [("fp32", "linear"), ("fp16", "linear"), ("int8", "linear_int8"), ("int4", "linear_int4x8")],
 )
 @pytest.mark.parametrize("native", [True, False], ids=["kernel", "body"])
 def test_pass_keeps_the_result(scheme: str, op: str, native: bool, library: Path, tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
-"""Products with constant weights become this project's own: ``linear``, ``linear_int8``, ``linear_int4``.
+"""Products with constant weights become this project's own: ``linear``, ``linear_int8``, ``linear_int4x8``.
 
 At T=1 a step is as fast as its weights are read, and the native kernels read them as fast as the memory gives
 them, straight from the file. A weight then has one row an output, ``[N,K]``, as checkpoints have it and
-MatMulNBits too, so nothing is repacked or copied. Each operator's body is the node that it replaces.
+MatMulNBits too, so nothing is repacked or copied when a session opens; of 4-bit weights eight rows are
+interleaved here, once. Each operator's body is the node that it replaces.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +17,7 @@ import onnx_ir as ir
 from xexport.core.manifest import Refusal
 from xexport.core.op import DOMAIN
 from xexport.exporter.weights import CheckpointTensor
+from xexport.ops.linear_int4x8.layout import ROWS, interleaved_codes, interleaved_scales
 
 __all__ = ["rewrite"]
 
@@ -64,7 +69,26 @@ def _quantized(model: ir.Model, node: ir.Node) -> None:
     stored = _cast_from(scales, ir.DataType.FLOAT16)
     if stored is None:
         raise _Refused("its scales are out of the range of float16")
-    _replace(model, node, "linear_int4", [x, codes, stored], attributes)
+    _interleave(codes, interleaved_codes, 4, ROWS, 4)
+    _interleave(stored, interleaved_scales, ROWS)
+    _replace(model, node, "linear_int4x8", [x, codes, stored], attributes)
+
+
+def _interleave(value: ir.Value, interleaved: Callable[[Any], Any], *inner: int) -> None:
+    """Store codes or scales with eight rows side by side, unless another product of them has done so."""
+    tensor = value.const_value
+    assert tensor is not None
+    assert value.dtype is not None
+    rows, blocks, *rest = tensor.shape.numpy()
+    if rest == list(inner):
+        return
+    value.const_value = ir.LazyTensor(
+        lambda: ir.Tensor(interleaved(tensor.numpy())),
+        dtype=value.dtype,
+        shape=ir.Shape((-(-rows // ROWS), blocks, *inner)),
+        name=value.name,
+    )
+    value.shape = value.const_value.shape
 
 
 def _float(model: ir.Model, node: ir.Node) -> None:

@@ -17,6 +17,8 @@ class Float {
     return Type == Element::f16 ? linear_f16_loops(isa) : linear_f32_loops(isa);
   }
 
+  static int64_t columns(ort::ShapeContext* context) { return inferred_first(context, 1); }
+
   explicit Float(const Node&) {}
 
   Product task(const Node& node, const Tensor* in) const {

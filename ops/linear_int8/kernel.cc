@@ -13,6 +13,7 @@ class Int8 {
   static constexpr const char* kName = "linear_int8";
   static constexpr Element kTypes[] = {Element::f32, Element::u8, Element::f32};
   static const ProductLoops& loops(Isa isa) { return linear_int8_loops(isa); }
+  static int64_t columns(ort::ShapeContext* context) { return inferred_first(context, 1); }
 
   explicit Int8(const Node& node) : depth_(node.integer("K")), columns_(node.integer("N")) {}
 

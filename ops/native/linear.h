@@ -4,6 +4,7 @@
 //   static constexpr const char* kName;
 //   static constexpr ort::Element kTypes[];            of (x, weights) or (x, weights, scales)
 //   static const ProductLoops& loops(Isa);
+//   static int64_t columns(ort::ShapeContext*);          of the result, or -1 if that is not known
 //   Format(const Node&);                                 reads attributes
 //   Product task(const Node&, const Tensor* in) const;   checks the weights, and fills what they determine
 //   static double bytes(const Product&);                 of the weights
@@ -24,7 +25,7 @@ class Linear {
   static constexpr const auto& kInputs = Format::kTypes;
   static constexpr ort::Element kOutputs[] = {ort::Element::f32};
   static constexpr int kInPlace[] = {-1, -1};
-  static void infer(ort::ShapeContext* context) { infer_columns(context, 0, 1, 0); }
+  static void infer(ort::ShapeContext* context) { infer_columns(context, 0, Format::columns(context), 0); }
 
   Linear(const Node& node, Isa isa) : node_(node), format_(node), loops_(Format::loops(isa)) {}
 

@@ -159,21 +159,39 @@ void infer_like(ort::ShapeContext* context, size_t from, size_t to, size_t rank)
   if (known == rank) check(ort::kInferOutput(api(), context, to, info));
 }
 
-void infer_columns(ort::ShapeContext* context, size_t like, size_t columns, size_t to) {
-  ort::TensorInfo *x = nullptr, *weights = nullptr;
+int64_t inferred_first(ort::ShapeContext* context, size_t input) {
+  ort::TensorInfo* info = nullptr;
+  check(ort::kInferInput(api(), context, input, &info));
+  size_t rank = 0;
+  check(ort::kInfoRank(api(), info, &rank));
+  if (rank < 1 || rank > Tensor::kMaxRank) return -1;
+  int64_t dims[Tensor::kMaxRank];
+  check(ort::kInfoDimensions(api(), info, dims, rank));
+  return dims[0];
+}
+
+int64_t inferred_integer(ort::ShapeContext* context, const char* attribute) {
+  const ort::OpAttribute* found = nullptr;
+  int64_t value = -1;
+  size_t size = 0;
+  ort::Status* status = ort::kInferAttribute(api(), context, attribute, &found);
+  if (status == nullptr) status = ort::kReadAttribute(api(), found, ort::kAttributeIsInt, &value, sizeof(value), &size);
+  if (status == nullptr) return value;
+  ort::kReleaseStatus(api(), status);  // the kernel says what is missing
+  return -1;
+}
+
+void infer_columns(ort::ShapeContext* context, size_t like, int64_t columns, size_t to) {
+  ort::TensorInfo* x = nullptr;
   check(ort::kInferInput(api(), context, like, &x));
-  check(ort::kInferInput(api(), context, columns, &weights));
-  size_t rank = 0, weights_rank = 0;
+  size_t rank = 0;
   check(ort::kInfoRank(api(), x, &rank));
-  check(ort::kInfoRank(api(), weights, &weights_rank));
-  if (rank < 1 || weights_rank < 1 || rank > Tensor::kMaxRank || weights_rank > Tensor::kMaxRank) return;
-  int64_t dims[Tensor::kMaxRank], weights_dims[Tensor::kMaxRank];
+  if (columns < 0 || rank < 1 || rank > Tensor::kMaxRank) return;
+  int64_t dims[Tensor::kMaxRank];
   const char* symbols[Tensor::kMaxRank];
   check(ort::kInfoDimensions(api(), x, dims, rank));
   check(ort::kInfoSymbols(api(), x, symbols, rank));
-  check(ort::kInfoDimensions(api(), weights, weights_dims, weights_rank));
-  if (weights_dims[0] < 0) return;
-  dims[rank - 1] = weights_dims[0];
+  dims[rank - 1] = columns;
   symbols[rank - 1] = "";
   ort::TensorInfo* made = nullptr;
   check(ort::kCreateInfo(api(), &made));

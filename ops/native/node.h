@@ -106,9 +106,13 @@ class Call {
 // Shape inference: output `to` is shaped as input `from`, if that is known to be of this rank.
 void infer_like(ort::ShapeContext* context, size_t from, size_t to, size_t rank);
 
-// Shape inference: output `to` is float32, shaped as input `like` but for its last dimension, which is the
-// first of input `columns`; nothing is said if that is not known.
-void infer_columns(ort::ShapeContext* context, size_t like, size_t columns, size_t to);
+// Shape inference: the first dimension of an input, and an attribute; -1 if that is not known.
+int64_t inferred_first(ort::ShapeContext* context, size_t input);
+int64_t inferred_integer(ort::ShapeContext* context, const char* attribute);
+
+// Shape inference: output `to` is float32, shaped as input `like` but for its last dimension, `columns`; nothing is
+// said if that is negative.
+void infer_columns(ort::ShapeContext* context, size_t like, int64_t columns, size_t to);
 
 // Memory of this thread for intermediate results, aligned to a cache line; it grows and is reused, so it is
 // valid until the next call on the same thread only. A kernel whose jobs use it may keep what they share in

@@ -18,6 +18,7 @@ struct KernelContext;
 struct Value;
 struct TensorInfo;
 struct ShapeContext;
+struct OpAttribute;
 
 // The lowest version with everything below, in-place outputs included. Stamping a newer one gains nothing
 // and older runtimes would refuse it.
@@ -76,10 +77,15 @@ inline constexpr Slot<238, Status*(const SessionOptions*, const char*, char*, si
 inline constexpr Slot<244, Status*(const KernelInfo*, char*, size_t*)> kNodeName{};
 inline constexpr Slot<249, Status*(const KernelInfo*, size_t, int*, const Value**)> kConstantInput{};
 inline constexpr Slot<268, Status*(const ShapeContext*, size_t, TensorInfo**)> kInferInput{};  // borrowed
+inline constexpr Slot<269, Status*(const ShapeContext*, const char*, const OpAttribute**)> kInferAttribute{};
 inline constexpr Slot<270, Status*(const ShapeContext*, size_t, const TensorInfo*)> kInferOutput{};
 inline constexpr Slot<271, Status*(TensorInfo*, const char**, size_t)> kSetSymbols{};
+inline constexpr Slot<272, Status*(const OpAttribute*, int32_t, void*, size_t, size_t*)> kReadAttribute{};
 inline constexpr Slot<274, Status*(const KernelContext*, Job, size_t, size_t, void*)> kParallelFor{};
 inline constexpr Slot<414, Status*(const Value*, Element*, const int64_t**, size_t*)> kTensorShape{};
+
+// Kinds of attributes that kReadAttribute is asked for.
+inline constexpr int32_t kAttributeIsInt = 1;
 
 // One operator as ONNX Runtime sees it; the order of the fields is the ABI.
 struct CustomOp {

@@ -31,7 +31,7 @@ from xexport.ops.fft_conv_cached.reference import fft_conv_cached
 from xexport.ops.fused_rows.reference import run_program
 from xexport.ops.hyena_conv.reference import hyena_conv
 from xexport.ops.linear.reference import linear
-from xexport.ops.linear_int4.reference import linear_int4
+from xexport.ops.linear_int4x8.reference import linear_int4x8
 from xexport.ops.linear_int8.reference import linear_int8
 from xexport.ops.linear_recurrence.reference import linear_recurrence
 from xexport.ops.modal_conv.reference import modal_conv
@@ -147,10 +147,10 @@ def _linear_int8(B: int, T: int, K: int, N: int, block: int) -> Case:
     return Case(x, {"K": K, "N": N, "block_size": block})
 
 
-def _linear_int4(B: int, T: int, K: int, N: int) -> Case:
-    rng, blocks = np.random.default_rng((B, T, K, N)), -(-K // 32)
-    codes = rng.integers(0, 256, (N, blocks, 16), dtype=np.uint8)
-    scales = (rng.random((N, blocks)) + 0.01).astype(np.float16)
+def _linear_int4x8(B: int, T: int, K: int, N: int) -> Case:
+    rng, groups, blocks = np.random.default_rng((B, T, K, N)), -(-N // 8), -(-K // 32)
+    codes = rng.integers(0, 256, (groups, blocks, 4, 8, 4), dtype=np.uint8)
+    scales = (rng.random((groups, blocks, 8)) + 0.01).astype(np.float16)
     return Case({"x": _whole_numbers(B, T, K, 32, 127), "weight": codes, "scales": scales}, {"K": K, "N": N})
 
 
@@ -264,7 +264,7 @@ TABLE: dict[str, Row] = {
     "linear_int8": Row(
         linear_int8, _linear_int8, ((1, 1, 128, 40, 128), (2, 3, 70, 33, 32), (1, 40, 192, 50, 64))
     ),
-    "linear_int4": Row(linear_int4, _linear_int4, ((1, 1, 128, 40), (2, 3, 70, 33), (1, 40, 192, 50))),
+    "linear_int4x8": Row(linear_int4x8, _linear_int4x8, ((1, 1, 128, 40), (2, 3, 70, 33), (1, 40, 192, 50))),
     "causal_conv1d": Row(
         _short_conv,
         _causal_conv1d,

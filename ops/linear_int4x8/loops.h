@@ -4,5 +4,5 @@
 #include "../native/products.h"
 
 namespace xexport {
-XEXPORT_DECLARE_LOOPS(ProductLoops, linear_int4_loops)
+XEXPORT_DECLARE_LOOPS(ProductLoops, linear_int4x8_loops)
 }  // namespace xexport
