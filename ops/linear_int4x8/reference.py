@@ -3,7 +3,7 @@
     y[..., n] = sum_k x[..., k] (code[n, k] - 8) scales[n, k // 32]
 
 The layout is that of com.microsoft MatMulNBits with 4 bits and blocks of 32 (16 bytes a block, even codes in
-the low halves), with the same four bytes of eight rows side by side (layout.py). The definition is exact in x;
+the low halves), with the same four bytes of eight rows together (layout.py). The definition is exact in x;
 ONNX body and native kernel round x to 8 bits a block.
 """
 
