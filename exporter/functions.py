@@ -19,6 +19,7 @@ from xexport.core.registry import get_op, op_names
 __all__ = ["attach_functions"]
 
 _FUSED = "fused_rows_"
+_JOINED = "linear_group_"
 
 
 def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[str, str]) -> list[Lowering]:
@@ -36,11 +37,12 @@ def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[
         ExportError: the graph uses an operator that nobody defined, or two of the same name.
     """
     specs = {_key(s): s for s in map(get_op, op_names())}
-    counts = Counter(
-        (n.domain, n.op_type, len(n.inputs))
-        for n in ir.traversal.RecursiveGraphIterator(model.graph)
-        if n.domain
-    )
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    # a joined node stands for those that its body calls
+    called = [
+        c for n in nodes if n.op_identifier() in model.functions for c in model.functions[n.op_identifier()]
+    ]
+    counts = Counter((n.domain, n.op_type, len(n.inputs)) for n in (*nodes, *called) if n.domain)
     lowerings: list[Lowering] = []
     pending = [key for key in counts if key in specs]
     names = [key[:2] for key in pending]
@@ -62,17 +64,22 @@ def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[
         spec = specs[key]
         lowerings.append(_attach(model, spec, variants, why, counts[key]))
         pending += [_key(get_op(d)) for d in spec.depends]
-    return sorted(lowerings + _chains(model), key=lambda low: low.op)
+    return sorted(lowerings + _fused(model), key=lambda low: low.op)
 
 
-def _chains(model: ir.Model) -> list[Lowering]:
-    """One row for all the chains of row-wise nodes that were fused (passes/rows)."""
-    names = [name for domain, name, _ in model.functions if domain == "xexport" and name.startswith(_FUSED)]
-    if not names:
-        return []
-    nodes = sum(node.op_type in names for node in model.graph)
+def _fused(model: ir.Model) -> list[Lowering]:
+    """One row for all the chains of row-wise nodes (passes/rows), and one for products that were joined."""
     why = "small nodes cost more to start than to compute; their bodies hold the nodes they replace"
-    return [Lowering(f"{_FUSED}*", "xexport", f"{len(names)} different chains", why, nodes)]
+    joined = (
+        "one start of all threads serves products that need nothing of each other; their bodies call those"
+    )
+    rows = []
+    for prefix, what, reason in ((_FUSED, "chains", why), (_JOINED, "groups", joined)):
+        names = [n for domain, n, _ in model.functions if domain == "xexport" and n.startswith(prefix)]
+        nodes = sum(node.op_type in names for node in model.graph)
+        if names:
+            rows.append(Lowering(f"{prefix}*", "xexport", f"{len(names)} different {what}", reason, nodes))
+    return rows
 
 
 def _key(spec: OpSpec) -> tuple[str, str, int]:

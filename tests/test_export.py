@@ -137,23 +137,27 @@ def test_manifest_decides_every_weight_and_says_why(exporter: Any, family: str, 
     assert all(d.error == 0 for d in manifest.decisions if d.format in ("float32", "int64"))
 
 
-CHAINS = ("xexport", "fused_rows_*")
+FUSED = ("fused_rows_", "linear_group_")
 
 
-def one_name_for_chains(domain: str, name: str) -> tuple[str, str]:
-    """Fused chains of row-wise nodes have a function each and one row in the manifest."""
-    return CHAINS if domain == "xexport" and name.startswith("fused_rows_") else (domain, name)
+def one_name_for_fused(domain: str, name: str) -> tuple[str, str]:
+    """Chains of row-wise nodes and groups of products have a function each and one row in the manifest."""
+    prefix = next((p for p in FUSED if domain == "xexport" and name.startswith(p)), None)
+    return (domain, f"{prefix}*" if prefix else name)
 
 
 @each_export
 def test_every_custom_operator_has_a_body_and_its_lowering(exporter: Any, family: str, target: str) -> None:
     folder = exporter(family, target)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
-    ours = {(get_op(n).domain, get_op(n).graph_name) for n in op_names()} | {CHAINS}
-    used = [one_name_for_chains(n.domain, n.op_type) for n in model.graph.node]
+    ours = {(get_op(n).domain, get_op(n).graph_name) for n in op_names()}
+    ours |= {("xexport", f"{p}*") for p in FUSED}
+    joined = {f.name: list(f.node) for f in model.functions if f.name.startswith("linear_group_")}
+    nodes = [m for n in model.graph.node for m in (n, *joined.get(n.op_type, ()))]
+    used = [one_name_for_fused(n.domain, n.op_type) for n in nodes]
     used = [key for key in used if key in ours]
     assert used, "a family of xexport that needs no operator of its own"
-    functions = {one_name_for_chains(f.domain, f.name) for f in model.functions}
+    functions = {one_name_for_fused(f.domain, f.name) for f in model.functions}
     assert set(used) <= functions <= ours
     lowerings = {(low.domain, low.op): low for low in xexport.load(folder).manifest.lowerings}
     assert set(lowerings) == functions

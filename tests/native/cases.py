@@ -154,6 +154,24 @@ def _linear_int4x8(B: int, T: int, K: int, N: int) -> Case:
     return Case({"x": _whole_numbers(B, T, K, 32, 127), "weight": codes, "scales": scales}, {"K": K, "N": N})
 
 
+def _linear_group(B: int, T: int, K: int, N: int) -> Case:
+    """Every format, of 1, 2, 3 ... times T tokens and N columns."""
+    rows = range(1, 5)
+    made = [_linear(B, i * T, K, i * N, i - 1) for i in rows[:2]]
+    made += [_linear_int8(B, 3 * T, K, 3 * N, 64), _linear_int4x8(B, 4 * T, K, 4 * N)]
+    blocks = (0, 0, 64, 32)
+    numbers = [n for i, block in zip(rows, blocks, strict=True) for n in (i - 1, K, i * N, block)]
+    inputs = {f"{i}.{name}": a for i, case in enumerate(made) for name, a in case.inputs.items()}
+    return Case(inputs, {"products": numbers})
+
+
+def _apart(*x: torch.Tensor, products: list[int]) -> tuple[torch.Tensor, ...]:
+    (f32, f16), int8, int4 = (x[:2], x[2:4]), x[4:7], x[7:]
+    last = [products[i : i + 4] for i in range(0, len(products), 4)]
+    eight, four = linear_int8(*int8, *last[2][1:]), linear_int4x8(*int4, *last[3][1:3])
+    return linear(*f32), linear(*f16), eight, four
+
+
 def _causal_conv1d(B: int, T: int, D: int, K: int, silu: int) -> Case:
     normal = _random(B, T, D, K)
     x = {"x": normal((B, T, D)), "weight": normal((K, D)), "bias": normal(D), "state": normal((B, K - 1, D))}
@@ -265,6 +283,8 @@ TABLE: dict[str, Row] = {
         linear_int8, _linear_int8, ((1, 1, 128, 40, 128), (2, 3, 70, 33, 32), (1, 40, 192, 50, 64))
     ),
     "linear_int4x8": Row(linear_int4x8, _linear_int4x8, ((1, 1, 128, 40), (2, 3, 70, 33), (1, 40, 192, 50))),
+    # the same kernel under many names
+    "linear_group_0": Row(_apart, _linear_group, ((1, 1, 128, 40), (2, 3, 70, 33))),
     "causal_conv1d": Row(
         _short_conv,
         _causal_conv1d,
