@@ -39,9 +39,8 @@ def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[
     specs = {_key(s): s for s in map(get_op, op_names())}
     nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
     # a joined node stands for those that its body calls
-    called = [
-        c for n in nodes if n.op_identifier() in model.functions for c in model.functions[n.op_identifier()]
-    ]
+    joined = [n for n in nodes if n.domain == "xexport" and n.op_type.startswith(_JOINED)]
+    called = [c for n in joined for c in model.functions[n.op_identifier()]]
     counts = Counter((n.domain, n.op_type, len(n.inputs)) for n in (*nodes, *called) if n.domain)
     lowerings: list[Lowering] = []
     pending = [key for key in counts if key in specs]

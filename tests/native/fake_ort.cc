@@ -208,6 +208,22 @@ ort::Status* infer_output(const ort::ShapeContext* context, size_t index, const 
   return nullptr;
 }
 
+ort::Status* infer_attribute(const ort::ShapeContext* context, const char* name, const ort::OpAttribute** out) {
+  for (const Attribute& a : as<Shapes>(context)->is->attributes) {
+    if (a.name != name) continue;
+    *out = as<const ort::OpAttribute>(&a);
+    return nullptr;
+  }
+  return failure("no such attribute");
+}
+ort::Status* read_attribute(const ort::OpAttribute* attribute, int32_t kind, void* to, size_t size, size_t* used) {
+  const Attribute& a = *as<Attribute>(attribute);
+  *used = sizeof(int64_t);
+  if (kind != ort::kAttributeIsInt || a.kind != 'i' || size < *used) return failure("no integer is asked for");
+  std::memcpy(to, &a.integers.at(0), *used);
+  return nullptr;
+}
+
 // Threads take the next piece of work until there is none, as in the runtime's pool.
 ort::Status* parallel_for(const ort::KernelContext* context, ort::Job job, size_t total, size_t, void* user) {
   std::atomic<size_t> next{0};
@@ -249,7 +265,8 @@ struct Table {
     set(162, attribute_floats), set(163, attribute_ints);
     set(88, run_inputs), set(89, run_outputs), set(90, input), set(91, output), set(230, input_count), set(231, output_count);
     set(237, has_config), set(238, get_config), set(244, node_name), set(249, constant_input);
-    set(268, infer_input), set(270, infer_output), set(274, parallel_for);
+    set(268, infer_input), set(269, infer_attribute), set(270, infer_output), set(272, read_attribute);
+    set(274, parallel_for);
   }
 };
 

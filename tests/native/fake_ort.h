@@ -29,6 +29,7 @@ struct Node {
 };
 
 struct Shapes {
+  const Case* is = nullptr;
   std::vector<Info> inputs;
   std::map<size_t, Info> outputs;
 };

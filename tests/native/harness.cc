@@ -123,6 +123,7 @@ std::string run_once(const Kernel& kernel, const Case& c, const ort::CustomOp* o
 std::string inferred(const Case& c, const ort::CustomOp* op) {
   if (op->InferOutputShapeFn == nullptr) return "";
   Shapes shapes;
+  shapes.is = &c;
   for (const Array& a : c.inputs) shapes.inputs.push_back({a.element, a.dims});
   const std::string error = error_of(op->InferOutputShapeFn(op, reinterpret_cast<ort::ShapeContext*>(&shapes)));
   for (const auto& [index, info] : shapes.outputs) {
@@ -176,7 +177,8 @@ std::string types_of(const ort::CustomOp* op) {
 bool takes(const ort::CustomOp* op, const Case& c) {
   if (c.op != op->GetName(op)) return false;
   for (size_t i = 0; i < op->GetInputTypeCount(op) && i < c.inputs.size(); ++i) {
-    if (static_cast<int32_t>(op->GetInputType(op, i)) != c.inputs[i].element) return false;
+    const auto type = static_cast<int32_t>(op->GetInputType(op, i));
+    if (type != 0 && type != c.inputs[i].element) return false;  // 0: any
   }
   return true;
 }
