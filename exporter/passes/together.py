@@ -99,7 +99,8 @@ def _numbers(node: ir.Node) -> Numbers:
 
 def _body(name: str, group: Sequence[ir.Node], opset: int) -> onnx.FunctionProto:
     """The operators that a node replaces, each with the attributes it has."""
-    nodes, inputs = [], []
+    nodes: list[onnx.NodeProto] = []
+    inputs: list[str] = []
     for i, node in enumerate(group):
         read = [f"in{len(inputs) + k}" for k in range(len(node.inputs))]
         inputs += read
