@@ -22,6 +22,11 @@ __all__ = ["cli", "main"]
 
 _JSON = "xexport.json"
 _PATH = click.Path(path_type=Path)
+#: what an interrupted command left
+_INTERRUPTED = {
+    "export": "; nothing was written",
+    "sweep": "; what is finished is kept: run the same command again to go on",
+}
 
 
 class _Group(click.Group):
@@ -41,7 +46,7 @@ class _Group(click.Group):
             _print_error(error, as_json=ctx.meta[_JSON])
             ctx.exit(1)
         except KeyboardInterrupt:
-            written = "; nothing was written" if ctx.invoked_subcommand == "export" else ""
+            written = _INTERRUPTED.get(str(ctx.invoked_subcommand), "")
             _print_error(XexportError(f"interrupted{written}"), as_json=ctx.meta[_JSON])
             ctx.exit(130)
         except click.UsageError as error:
@@ -77,6 +82,9 @@ def cli() -> None:
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 _quiet_option = click.option("--quiet", is_flag=True, help="Show no progress.")
+_runtime_option = click.option(
+    "--runtime", metavar="R", help="cpu (ONNX Runtime here) runs any bundle; the target's own by default."
+)
 
 
 @cli.command()
@@ -208,7 +216,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.option("--seed", type=int, default=None, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated.")
 @click.option("--threads", type=int, default=0, show_default=True, help="0 takes every core.")
-@click.option("--runtime", metavar="R", help="onnxruntime runs any bundle; the target's own by default.")
+@_runtime_option
 @click.option("--ids", is_flag=True, help="The prompt is token ids between spaces; print ids.")
 @click.option("--no-verify", is_flag=True, help="Don't hash the files first (large bundles start faster).")
 @_json_option
@@ -326,9 +334,10 @@ def _listen(
 @cli.command()
 @click.argument("bundle", type=_PATH)
 @click.option("--eval-text", type=_PATH, metavar="F", help="Text to measure on instead of the built-in.")
+@_runtime_option
 @_json_option
 @_quiet_option
-def validate(bundle: Path, eval_text: Path | None, as_json: bool, quiet: bool) -> None:
+def validate(bundle: Path, eval_text: Path | None, runtime: str | None, as_json: bool, quiet: bool) -> None:
     """Check BUNDLE on this machine.
 
     Files against their hashes, logits against those PyTorch gave at export (they travel with the
@@ -338,11 +347,12 @@ def validate(bundle: Path, eval_text: Path | None, as_json: bool, quiet: bool) -
     \b
     xexport validate rwkv-cpu-int8
     xexport validate rwkv-cpu-int8 --eval-text my.txt --json
+    xexport validate rwkv-openvino-fp32 --runtime cpu
     """
     from xexport import pipeline
 
     with _working(quiet) as progress:
-        record = pipeline.validate(bundle, eval_text=eval_text, progress=progress)
+        record = pipeline.validate(bundle, eval_text=eval_text, runtime=runtime, progress=progress)
     _print("validate", record, as_json)
     if not record.get("ok", True):
         raise click.exceptions.Exit(1)
@@ -353,14 +363,22 @@ def validate(bundle: Path, eval_text: Path | None, as_json: bool, quiet: bool) -
 @click.option("--threads", type=int, default=None, help="0 takes every core.")
 @click.option("--steps", type=int, default=None, help="How many single tokens to time.")
 @click.option("--prefill", type=int, multiple=True, help="Length of a prefill to time; may be repeated.")
+@_runtime_option
 @_json_option
 @_quiet_option
 def profile(
-    bundle: Path, threads: int | None, steps: int | None, prefill: tuple[int, ...], as_json: bool, quiet: bool
+    bundle: Path,
+    threads: int | None,
+    steps: int | None,
+    prefill: tuple[int, ...],
+    runtime: str | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Time BUNDLE on this machine.
 
-    Single tokens, prefill, loading, memory, and where the time goes by operator.
+    Single tokens, prefill, loading, memory, where the time goes by operator, and which execution
+    provider ran which nodes.
 
     \b
     xexport profile rwkv-cpu-int8 --threads 1 --steps 500 --prefill 64 --prefill 512
@@ -369,7 +387,7 @@ def profile(
 
     with _working(quiet) as progress:
         record = pipeline.profile(
-            bundle, threads=threads, steps=steps, prefill=prefill or None, progress=progress
+            bundle, threads=threads, steps=steps, prefill=prefill or None, runtime=runtime, progress=progress
         )
     _print("profile", record, as_json)
 
@@ -494,6 +512,88 @@ def compare(
             progress=progress,
         )
     _print("compare", record, as_json)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option(
+    "--targets",
+    "patterns",
+    multiple=True,
+    required=True,
+    metavar="T,...",
+    help="Targets or patterns between commas; may be repeated.",
+)
+@click.option(
+    "--out",
+    type=_PATH,
+    metavar="D",
+    default=Path("xexport-sweep"),
+    show_default=True,
+    help="Store, bundles, report.",
+)
+@click.option("--preset", metavar="N", help="A size that every MODEL has, with random weights.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For --preset's random weights.")
+@click.option("--eval-text", type=_PATH, metavar="F", help="Text to measure on instead of the built-in.")
+@click.option("--threads", type=int, default=None, help="0 takes every core.")
+@click.option("--steps", type=click.IntRange(1), default=None, help="How many single tokens to time.")
+@click.option(
+    "--prefill", type=click.IntRange(1), multiple=True, help="Length of a prefill to time; may be repeated."
+)
+@click.option("--scheduler", metavar="URL", help="A Dask scheduler's address, to sweep on several machines.")
+@click.option(
+    "--workers", type=int, metavar="N", help="Processes to start here instead. [default: by memory]"
+)
+@click.option("--retry", is_flag=True, help="Try again what was refused before.")
+@click.option(
+    "-o", "--report", "report_path", type=_PATH, metavar="F", help=".html, .md or .json [default: in OUT]"
+)
+@_json_option
+@_quiet_option
+def sweep(
+    models: tuple[str, ...], patterns: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Export, validate and profile every MODEL on every target, into one report.
+
+    Exports run side by side, profiles one at a time on a machine. Finished cells are kept in a store in
+    OUT: after an interruption the same command goes on where it was. Exits with 1 if a cell failed.
+
+    \b
+    xexport sweep rwkv mamba retnet --targets 'cpu-*'
+    xexport sweep rwkv ./mamba-130m-hf --targets 'cpu-*,openvino-*' --out grid
+    xexport sweep rwkv mamba --targets 'cpu-*,arm64-*' --scheduler tcp://192.168.1.5:8786
+    """
+    from xexport.sweep.run import sweep as run_sweep
+
+    wanted = [name for pattern in patterns for name in pattern.split(",")]
+    with _working(quiet) as progress:
+        record = run_sweep(models, wanted, progress=progress, **options)
+    _print("sweep", record, as_json)
+    if record["counts"].get("failed"):
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@click.argument("scheduler")
+@click.option("--name", metavar="N", help="What the scheduler calls this worker.")
+@click.option("--no-profile", is_flag=True, help="Export only: measure nothing here.")
+@_quiet_option
+def worker(scheduler: str, name: str | None, no_profile: bool, quiet: bool) -> None:
+    """Let this machine work for sweeps: connect to a Dask SCHEDULER until it ends.
+
+    Announces what `xexport doctor` says this machine can run. Whoever controls the scheduler can run
+    code here: use it in a network you trust.
+
+    \b
+    dask scheduler                                # on one machine
+    xexport worker tcp://192.168.1.5:8786         # on every machine, a Raspberry Pi too
+    """
+    from xexport.sweep.worker import offer, serve
+
+    resources = offer(profile=not no_profile)
+    if not quiet:
+        click.echo(f"{scheduler}: offering {', '.join(resources) or 'nothing'}", err=True)
+    serve(scheduler, resources, name=name)
 
 
 def _parameters(text: str | None) -> int | None:

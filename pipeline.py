@@ -75,6 +75,7 @@ def export(
     seed: int = 0,
     name: str | None = None,
     sizes: Sizes | None = None,
+    timed: bool = True,
 ) -> Bundle:
     """Export a model for a target: trace, verify, quantize, write, measure, report.
 
@@ -96,6 +97,7 @@ def export(
         seed: for the random weights of ``preset``.
         name: what a module of your own is called in the bundle.
         sizes: how much is measured (evaluate/suite.py); from the model's size and speed by default.
+        timed: False leaves speed and memory to a later :func:`profile`.
 
     Returns:
         The bundle, opened.
@@ -120,7 +122,7 @@ def export(
             source = _resolve(model, weights, preset, seed, name, progress)
             if distill is not None:
                 source = _distilled(source, distill, progress)
-            _export_into(output, source, goal, tokenizer, eval_text, sizes, progress)
+            _export_into(output, source, goal, tokenizer, eval_text, sizes, timed, progress)
             output.commit()
     finally:
         progress.close()
@@ -178,6 +180,7 @@ def _export_into(
     tokenizer: str | Path | None,
     eval_text: str | Path | None,
     sizes: Sizes | None,
+    timed: bool,
     progress: Progress,
 ) -> None:
     """Make the whole bundle in ``output.bundle``."""
@@ -272,6 +275,7 @@ def _export_into(
     runtime = CPU if absent else None
     if sizes is None:
         sizes = sizes_for(source.parameters, torch_stream, bundle.stream(runtime=runtime))
+    timed = timed and sizes.timed and not absent and not simulated(target.environment)
     _measure(
         bundle,
         runtime,
@@ -281,7 +285,7 @@ def _export_into(
         source.exact,
         corpus,
         output.final.name,
-        replace(sizes, timed=sizes.timed and not absent and not simulated(target.environment)),
+        replace(sizes, timed=timed),
         progress,
     )
     _finish(output.bundle, manifest, progress)
@@ -493,13 +497,17 @@ def summary(bundle: Bundle) -> dict[str, Any]:
 
 
 def validate(
-    bundle_path: str | Path, *, eval_text: str | Path | None = None, progress: Progress | None = None
+    bundle_path: str | Path,
+    *,
+    eval_text: str | Path | None = None,
+    runtime: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Check a bundle where it is now, without PyTorch.
 
     The files are hashed, the chunk law is checked, the logits are compared with those that PyTorch
     gave at export (they travel with the bundle), and a text is scored. Adds to results.jsonl if the
-    folder can be written.
+    folder can be written. ``runtime`` (runtimes/opening.py) runs it instead of the bundle's own.
 
     Raises:
         BundleError: the bundle is incomplete or was changed.
@@ -511,7 +519,7 @@ def validate(
     try:
         progress.stage("hash the files")
         bundle = load(bundle_path)
-        result, rows = validate_bundle(bundle, eval_text, progress)
+        result, rows = validate_bundle(bundle, eval_text, progress, runtime)
     finally:
         progress.close()
     return {**result, "recorded": _record(bundle, rows)}
@@ -523,9 +531,12 @@ def profile(
     threads: int | None = None,
     steps: int | None = None,
     prefill: Sequence[int] | None = None,
+    runtime: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Time a bundle on this machine: steps, prefill, load, memory, operators, bandwidth.
+    """Time a bundle on this machine: steps, prefill, load, memory, operators, placement, bandwidth.
+
+    ``runtime`` (runtimes/opening.py) runs it instead of the bundle's own; its rows are kept apart.
 
     Raises:
         BundleError, RuntimeFailure: it can't be opened or run.
@@ -541,12 +552,29 @@ def profile(
         sizes = replace(sizes, steps=steps or sizes.steps, prefill=tuple(prefill or sizes.prefill))
         model = bundle.manifest.model
         corpus = read_corpus(bundle.tokenizer(), model.vocab_size, count=1 << 13, inputs=model.input)
-        setup = suite.setup_for(bundle.manifest, bundle.path.name, corpus, threads)
-        rows = suite.speed(bundle, {}, corpus, setup, sizes, progress, threads=threads or 0)
+        setup = suite.setup_for(bundle.manifest, bundle.path.name, corpus, threads, runtime)
+        rows = suite.speed(bundle, {}, corpus, setup, sizes, progress, threads=threads or 0, runtime=runtime)
     finally:
         progress.close()
-    figures = profile_summary(bundle.manifest, rows, str(bundle.path))
-    return {**msgspec.to_builtins(figures), "recorded": _record(bundle, rows)}
+    figures = profile_summary(bundle.manifest, [_as_own(row) for row in rows], str(bundle.path))
+    reason = "" if runtime else _simulated(bundle)
+    said = [f"times say nothing about the device: {reason}"] if reason else []
+    figures["warnings"] = [*figures["warnings"], *said]
+    shown: dict[str, Any] = msgspec.to_builtins(figures)
+    return {**shown, "runtime": runtime or bundle.manifest.runtime, "recorded": _record(bundle, rows)}
+
+
+def _as_own(row: Record) -> Record:
+    """A row of another runtime as if it were the bundle's own: a summary knows that runner only."""
+    return msgspec.structs.replace(row, setup=msgspec.structs.replace(row.setup, runner="bundle"))
+
+
+def _simulated(bundle: Bundle) -> str:
+    """Why the bundle's own runtime gives times that say nothing about the device; "" if they do."""
+    from xexport.runtimes.environments import simulated
+    from xexport.runtimes.opening import environment_of
+
+    return simulated(environment_of(bundle.manifest))
 
 
 def _record(bundle: Bundle, rows: Sequence[Record]) -> bool:

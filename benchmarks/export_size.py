@@ -73,6 +73,9 @@ class StageLog:
     def advance(self, steps: int = 1) -> None:
         pass
 
+    def note(self, text: str) -> None:
+        pass
+
     def close(self) -> None:
         self.stage("end")
 

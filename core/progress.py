@@ -18,6 +18,9 @@ class Progress(Protocol):
     def advance(self, steps: int = 1) -> None:
         """``steps`` more of the present stage are done."""
 
+    def note(self, text: str) -> None:
+        """Say what was just done, in a line; the stage goes on."""
+
     def close(self) -> None:
         """All is done, or given up."""
 
@@ -29,6 +32,9 @@ class Silent:
         pass
 
     def advance(self, steps: int = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
         pass
 
     def close(self) -> None:
@@ -46,6 +52,9 @@ class KeptOpen:
 
     def advance(self, steps: int = 1) -> None:
         self._whole.advance(steps)
+
+    def note(self, text: str) -> None:
+        self._whole.note(text)
 
     def close(self) -> None:
         pass
@@ -65,6 +74,9 @@ class PlainProgress:
 
     def advance(self, steps: int = 1) -> None:
         pass
+
+    def note(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
 
     def close(self) -> None:
         if self._title is not None:
@@ -105,6 +117,9 @@ class RichProgress:
     def advance(self, steps: int = 1) -> None:
         if self._task is not None:
             self._bar.advance(self._task, steps)
+
+    def note(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         self._finish()

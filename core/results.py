@@ -11,7 +11,7 @@ import msgspec
 from xexport.core.errors import BundleError, OutputError
 from xexport.core.records import Record
 
-__all__ = ["RESULTS_NAME", "append_records", "read_records"]
+__all__ = ["RESULTS_NAME", "append_records", "decode_records", "read_records"]
 
 RESULTS_NAME = "results.jsonl"
 
@@ -51,6 +51,15 @@ def read_records(path: Path) -> list[Record]:
         return []
     except OSError as error:
         raise BundleError("the results can't be read", got=f"{path}: {error}") from error
+    return decode_records(data, path.name)
+
+
+def decode_records(data: bytes, where: str = RESULTS_NAME) -> list[Record]:
+    """The rows in the bytes of a results.jsonl; see :func:`read_records`.
+
+    Raises:
+        BundleError: a line is not one of the known rows.
+    """
     *lines, _unfinished = data.split(b"\n")
     decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
     records = []
@@ -62,7 +71,7 @@ def read_records(path: Path) -> list[Record]:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BundleError(
                 "a row of the results can't be read",
-                got=f"{path.name}, line {number}: {error}",
+                got=f"{where}, line {number}: {error}",
                 fix="upgrade xexport if a newer version wrote it, or delete the file and validate again",
             ) from error
     return records

@@ -36,13 +36,13 @@ if importlib.util.find_spec(bundle.manifest.runtime):
     importlib.import_module(bundle.manifest.runtime)
 process = psutil.Process()
 start = process.memory_info().rss
-engine = bundle.engine()
+engine = bundle.engine(runtime=sys.argv[3] or None)
 if hasattr(engine, "memory"):  # it is another process, whose memory counts
     start, now = engine.rss_before, lambda: engine.memory()["rss"]
     most = lambda: engine.memory()["peak_bytes"]
 else:
     now, most = lambda: process.memory_info().rss, lambda: peak(process)
-stream = bundle.stream(batch=1)
+stream = bundle.stream(batch=1, runtime=sys.argv[3] or None)
 loaded = now()
 contract = stream.contract
 length, unit = contract.nearest(count), contract.inputs.multiple
@@ -71,6 +71,7 @@ def measure_memory(
     state_bytes: int,
     tokens: int = 128,
     timeout_s: float = 600.0,
+    runtime: str | None = None,
 ) -> Memory:
     """Load a bundle in a fresh interpreter, feed ``tokens`` (half in one call, half one by one).
 
@@ -78,11 +79,12 @@ def measure_memory(
 
     Args:
         weights_bytes, state_bytes: sizes from the manifest, repeated in the row.
+        runtime: what runs it; the bundle's own by default.
 
     Raises:
         RuntimeFailure: the process failed or did not finish in time.
     """
-    command = [sys.executable, "-c", _CHILD, str(bundle), str(tokens)]
+    command = [sys.executable, "-c", _CHILD, str(bundle), str(tokens), runtime or ""]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:

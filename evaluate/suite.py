@@ -73,9 +73,20 @@ def _seconds_per_token(runner: Runner) -> float:
     return seconds / count
 
 
-def setup_for(manifest: Manifest, bundle: str, corpus: Corpus | None, threads: int | None = None) -> Setup:
-    """The configuration that every row repeats."""
+def setup_for(
+    manifest: Manifest,
+    bundle: str,
+    corpus: Corpus | None,
+    threads: int | None = None,
+    runtime: str | None = None,
+) -> Setup:
+    """The configuration that every row repeats.
+
+    What another runtime than the bundle's own gives is a runner of its own, ``bundle with RUNTIME``, so that
+    no report takes it for the bundle's.
+    """
     return make_setup(
+        runner="bundle" if runtime in (None, manifest.runtime) else f"bundle with {runtime}",
         model=manifest.model.family,
         target=manifest.target,
         bundle=bundle,
@@ -140,14 +151,16 @@ def speed(
     progress: Progress,
     *,
     threads: int = 0,
+    runtime: str | None = None,
 ) -> list[Record]:
     """Latency, memory, per-operator time and bandwidth of a bundle, and its speed against others'.
 
-    Of a model in the whole-sequence form: whole passes, memory and per-operator time.
+    Of a model in the whole-sequence form: whole passes, memory and per-operator time. ``runtime`` is the one
+    that runs the bundle, its own by default.
     """
     streams = bundle.manifest.model.contract.streams
     timed = _stream_times if streams else _whole_times
-    rows = timed(bundle, others, corpus, setup, sizes, progress, threads)
+    rows = timed(bundle, others, corpus, setup, sizes, progress, threads, runtime)
     progress.stage("memory and operators")
     rows.append(
         measure_memory(
@@ -155,12 +168,19 @@ def speed(
             setup=setup,
             weights_bytes=bundle.bytes_of_weights,
             state_bytes=bundle.bytes_of_state(),
+            runtime=runtime,
         )
     )
     forms = [(min(50, sizes.steps), 1), (3, sizes.prefill[0])] if streams else [(5, sizes.prefill[0])]
     rows += [
         profile_ops(
-            bundle.path, corpus.tokens, setup=setup, steps=steps, tokens_per_call=count, threads=threads
+            bundle.path,
+            corpus.tokens,
+            setup=setup,
+            steps=steps,
+            tokens_per_call=count,
+            threads=threads,
+            runtime=runtime,
         )
         for steps, count in forms
     ]
@@ -177,9 +197,10 @@ def _stream_times(
     sizes: Sizes,
     progress: Progress,
     threads: int,
+    runtime: str | None,
 ) -> list[Record]:
     """Steps and prefill of a bundle, and of the others, with steps in turns."""
-    runner = bundle.stream(threads=threads)
+    runner = bundle.stream(threads=threads, runtime=runtime)
     tokens = corpus.tokens
     rows: list[Record] = [
         measure_latency(
@@ -189,7 +210,7 @@ def _stream_times(
             steps=sizes.steps,
             prefill=sizes.prefill,
             positions=sizes.positions,
-            open_runner=lambda: Bundle(bundle.path, bundle.manifest).stream(threads=threads),
+            open_runner=lambda: Bundle(bundle.path, bundle.manifest).stream(threads=threads, runtime=runtime),
             progress=progress,
         )
     ]
@@ -222,9 +243,10 @@ def _whole_times(
     sizes: Sizes,
     progress: Progress,
     threads: int,
+    runtime: str | None,
 ) -> list[Record]:
     """Whole sequences of several lengths, of a bundle and of the others; one length in turns."""
-    runner, values = bundle.stream(threads=threads), corpus.tokens
+    runner, values = bundle.stream(threads=threads, runtime=runtime), corpus.tokens
     lengths = (max(sizes.prefill[0] // 4, 1), *sizes.prefill)
     rows: list[Record] = [
         measure_passes(
@@ -232,7 +254,7 @@ def _whole_times(
             values,
             setup=setup,
             lengths=lengths,
-            open_runner=lambda: Bundle(bundle.path, bundle.manifest).stream(threads=threads),
+            open_runner=lambda: Bundle(bundle.path, bundle.manifest).stream(threads=threads, runtime=runtime),
             progress=progress,
         )
     ]

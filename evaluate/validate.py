@@ -36,11 +36,12 @@ _RECORDED = "torch (recorded)"
 
 
 def validate_bundle(
-    bundle: Bundle, eval_text: str | Path | None, progress: Progress
+    bundle: Bundle, eval_text: str | Path | None, progress: Progress, runtime: str | None = None
 ) -> tuple[dict[str, Any], list[Record]]:
     """Run the chunk law, the recorded PyTorch logits and a text through the bundle.
 
     In the whole-sequence form there is no chunk law; without next tokens there are no bits per byte.
+    ``runtime`` is the one that runs the bundle, its own by default.
 
     Returns:
         The ``--json`` object (``ok`` and its reasons among the keys), and the rows measured.
@@ -49,10 +50,10 @@ def validate_bundle(
     sizes = sizes_for(manifest.model.parameters)
     model = manifest.model
     corpus = read_corpus(bundle.tokenizer(), model.vocab_size, eval_text, inputs=model.input)
-    setup = setup_for(manifest, bundle.path.name, corpus)
-    stream = bundle.stream()
+    setup = setup_for(manifest, bundle.path.name, corpus, runtime=runtime)
+    stream = bundle.stream(runtime=runtime)
     chunk = law(stream, corpus, setup, sizes, progress) if model.contract.streams else None
-    fidelity = _against_recording(bundle, stream, progress)
+    fidelity = _against_recording(bundle, stream, progress, runtime)
     part = corpus.head(sizes.fidelity_tokens)
     bits = None
     if model.predicts_next:
@@ -60,7 +61,8 @@ def validate_bundle(
         bits = bits_per_byte(stream, part)
     problems = _problems(chunk, _allowed_chunk_error(bundle), fidelity, _allowed_kl(bundle), bits)
     rows: list[Record] = [row for row in (chunk, fidelity) if row is not None]
-    return _result(bundle, chunk, fidelity, bits, part, problems), rows
+    result = _result(bundle, chunk, fidelity, bits, part, problems)
+    return {**result, "runtime": runtime or manifest.runtime}, rows
 
 
 def bits_per_byte(runner: Runner, corpus: Corpus, chunk: int = 256) -> float:
@@ -99,7 +101,9 @@ def _nll(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> NDArray[np.
     return out
 
 
-def _against_recording(bundle: Bundle, stream: Runner, progress: Progress) -> Fidelity | None:
+def _against_recording(
+    bundle: Bundle, stream: Runner, progress: Progress, runtime: str | None
+) -> Fidelity | None:
     path = bundle.path / REFERENCE_NAME
     if not path.is_file():
         return None
@@ -109,18 +113,18 @@ def _against_recording(bundle: Bundle, stream: Runner, progress: Progress) -> Fi
     ):
         shapes = f"inputs {list(recording.values.shape)}, logits {list(recording.logits.shape)}"
         raise BundleError("the recorded reference is of another model", got=shapes)
-    setup = setup_for(bundle.manifest, bundle.path.name, None)
+    setup = setup_for(bundle.manifest, bundle.path.name, None, runtime=runtime)
     stream.reset()
     if not model.contract.streams:
         return _whole_against(recording, stream, setup)
     return compare(
         RecordedRunner(recording, model.contract),
-        {"bundle": stream},
+        {setup.runner: stream},
         recording.values,
         setup=setup,
         reference_name=_RECORDED,
         progress=progress,
-    )["bundle"]
+    )[setup.runner]
 
 
 def _whole_against(recording: Recording, stream: Runner, setup: Setup) -> Fidelity:

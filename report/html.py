@@ -20,9 +20,12 @@ from xexport.core.records import Record
 from xexport.report.entries import Entry, op_times_of
 from xexport.report.rivals import rivals_of
 from xexport.report.versus import versus
-from xexport.report.view import bundle_view, compared, compared_tables, subtitle, title_of
+from xexport.report.view import Section, bundle_view, compared, compared_tables, subtitle, title_of
 
 __all__ = ["render_html", "write_html"]
+
+
+_MANY = "Each bundle on its own below."
 
 
 class _Figure(NamedTuple):
@@ -30,8 +33,15 @@ class _Figure(NamedTuple):
     json: Any
 
 
-def render_html(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str:
+def render_html(
+    entries: Sequence[tuple[Manifest, Sequence[Record]]],
+    *,
+    sections: Sequence[Section] = (),
+    details: bool = True,
+) -> str:
     """The report on one or several bundles.
+
+    ``sections`` come before all others; without ``details`` each bundle's own part is left out.
 
     Raises:
         MissingDependencyError: plotly is not installed (the extra ``report``).
@@ -53,13 +63,15 @@ def render_html(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str:
     rivals = rivals_of(both)
     steps_along = figures.add("steps-along", charts_along.steps_along(rivals))
     state_along = figures.add("state-along", charts_along.state_along(rivals))
-    bundles = [_bundle(index, entry, figures) for index, entry in enumerate(both)]
+    bundles = [_bundle(index, entry, figures) for index, entry in enumerate(both if details else ())]
     plotly, script = charts.plotly_js() if figures.count else "", _asset("report.js")
     manifests = [e.manifest for e in both]
     # The marked values are the package's own constants, or JSON made safe by charts.py.
     return page.get_template("report.html.j2").render(
         title=title_of(manifests),
-        subtitle=subtitle(manifests[0]) if len(both) == 1 else "Each bundle on its own below.",
+        subtitle=subtitle(manifests[0]) if len(both) == 1 else _MANY if details else "",
+        several=len(both) > 1,
+        sections=sections,
         version=xexport.__version__,
         policy=_policy([plotly, script] if plotly else [script]),
         css=Markup(_asset("report.css")),
@@ -76,13 +88,19 @@ def render_html(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str:
     )
 
 
-def write_html(path: Path, entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> None:
+def write_html(
+    path: Path,
+    entries: Sequence[tuple[Manifest, Sequence[Record]]],
+    *,
+    sections: Sequence[Section] = (),
+    details: bool = True,
+) -> None:
     """Render and write, through a temporary file in the same folder.
 
     Raises:
         OutputError: the file can't be written.
     """
-    text = render_html(entries)
+    text = render_html(entries, sections=sections, details=details)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from xexport.core.records import Record
 from xexport.report.rivals import rivals_of
 from xexport.report.tables import Table
 from xexport.report.versus import versus
-from xexport.report.view import bundle_view, compared, compared_tables, title_of
+from xexport.report.view import Section, bundle_view, compared, compared_tables, title_of
 from xexport.report.words import Sentence
 
 __all__ = ["render_markdown"]
@@ -35,8 +35,15 @@ _SECTIONS = (
 )
 
 
-def render_markdown(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str:
+def render_markdown(
+    entries: Sequence[tuple[Manifest, Sequence[Record]]],
+    *,
+    sections: Sequence[Section] = (),
+    details: bool = True,
+) -> str:
     """The report on one or several bundles; names from manifests are escaped.
+
+    ``sections`` come before all others; without ``details`` each bundle's own part is left out.
 
     Raises:
         InputError: no bundle was given.
@@ -44,13 +51,15 @@ def render_markdown(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str
     if not entries:
         raise InputError("a report needs at least one bundle")
     parts = [f"# {_escape(title_of([m for m, _ in entries]))}"]
+    for section in sections:
+        parts += [f"## {section.heading}", _escape(section.note), _table(section.table)]
     if len(entries) > 1:
         rivals = rivals_of(entries)
         parts.append(_sentences(versus(rivals)))
         for section in compared_tables(rivals):
             parts += [f"## {section.heading}", _escape(section.note), _table(section.table)]
         parts += ["## Compared", _table(compared(entries))]
-    for manifest, records in entries:
+    for manifest, records in entries if details else ():
         parts += _bundle(manifest, records, "##" if len(entries) == 1 else "###")
     return "\n\n".join(parts) + "\n"
 

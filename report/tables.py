@@ -13,6 +13,7 @@ from xexport.core.records import (
     Bandwidth,
     ChunkLaw,
     Fidelity,
+    Latency,
     Memory,
     OpTimes,
     Record,
@@ -126,6 +127,10 @@ def latency(records: Sequence[Record], unit: str = "token") -> Table:
     named = [(short_name(n), run[n]) for n in RUNNERS if n in run]
     if newest is not None and newest is not run.get("bundle"):
         named.append((f"This bundle again, {newest.setup.date[:16].replace('T', ' ')}", newest))
+    others = {
+        r.setup.runner: r for r in all_of(records, Latency) if r.setup.runner.startswith("bundle with ")
+    }
+    named += [(name.replace("bundle", "This bundle", 1), row) for name, row in others.items()]
     found = [row for _, row in named]
     lengths = sorted({p.length for r in found for p in r.prefill})
     columns = (

@@ -302,6 +302,40 @@ def _compare(data: Record) -> Iterable[RenderableType]:
     yield f"[bold]report[/] {_plain(data['report'])}"
 
 
+def _sweep(data: Record) -> Iterable[RenderableType]:
+    """The grid, what failed and why, and where the report is."""
+    rows = []
+    for cell in data["cells"]:
+        figures = cell["figures"] or {}
+        latency = figures.get("latency") or {}
+        rows.append(
+            {
+                "cell": cell["id"],
+                "status": cell["status"],
+                "bits per byte": (figures.get("bits_per_byte") or {}).get("bundle"),
+                "lost %": (figures.get("bits_lost") or {}).get("percent"),
+                "step ms": (latency.get("step_ms") or {}).get("p50"),
+                "prefill /s": latency.get("prefill_tokens_per_s"),
+                "weights": size((figures.get("bytes") or {}).get("weights") or 0) if figures else "",
+                "machine": cell["machine"] or "",
+                "front": "*" if cell["front"] else "",
+            }
+        )
+    yield _rows("sweep", rows)
+    for cell in data["cells"]:
+        if cell["error"]:
+            said = [str(cell["error"][k]) for k in ("what", "got", "fix") if cell["error"].get(k)]
+            colour = "red" if cell["status"] == "failed" else "yellow"
+            yield f"[{colour}]{_plain(cell['status'])}[/] {_plain(cell['id'])}: {_plain('; '.join(said))}"
+    yield from _warnings(data)
+    yield "  ".join(f"{count} {name}" for name, count in data["counts"].items())
+    if data["front"]:
+        yield f"[bold]front[/] {_plain(', '.join(data['front']))}"
+    yield f"[bold]store[/] {_plain(data['store'])}"
+    if data["report"]:
+        yield f"[bold]report[/] {_plain(data['report'])}"
+
+
 def _predict(data: Record) -> Iterable[RenderableType]:
     """The likeliest tokens at every position of a text."""
     rows = [
@@ -429,6 +463,7 @@ _TABLES: dict[str, Callable[[Record], Iterable[RenderableType]]] = {
     "profile": _measured,
     "inspect": _inspect,
     "compare": _compare,
+    "sweep": _sweep,
     "doctor": _doctor,
     "targets": _targets,
     "models": _models,

@@ -10,14 +10,27 @@ from xexport.core.errors import InputError, OutputError
 from xexport.core.manifest import Manifest
 from xexport.core.records import Record
 from xexport.report.jsonout import report_json
+from xexport.report.view import Section
 
 __all__ = ["check_suffix", "write_report"]
 
 _SUFFIXES = (".html", ".md", ".json")
 
 
-def write_report(path: Path, entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> Path:
+def write_report(
+    path: Path,
+    entries: Sequence[tuple[Manifest, Sequence[Record]]],
+    *,
+    sections: Sequence[Section] = (),
+    details: bool = True,
+) -> Path:
     """Write the report on some bundles and return where it is.
+
+    Args:
+        path: its suffix picks the form.
+        entries: the bundles.
+        sections: tables that come before all others (not in JSON, which is of the bundles alone).
+        details: False leaves out each bundle's own part.
 
     Raises:
         InputError: an unknown suffix, or no bundle.
@@ -29,12 +42,12 @@ def write_report(path: Path, entries: Sequence[tuple[Manifest, Sequence[Record]]
     if path.suffix == ".html":
         from xexport.report.html import write_html
 
-        write_html(path, entries)
+        write_html(path, entries, sections=sections, details=details)
         return path
     if path.suffix == ".md":
         from xexport.report.markdown import render_markdown
 
-        text = render_markdown(entries)
+        text = render_markdown(entries, sections=sections, details=details)
     else:
         text = json.dumps(report_json(entries), indent=2) + "\n"
     try:

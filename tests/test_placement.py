@@ -142,3 +142,26 @@ def test_rows_from_before_are_read(tmp_path: Path, setup: Setup, toy_bundle: Pat
     (read,) = read_records(path)
     assert isinstance(read, type(row))
     assert read.placed[0].nodes == row.placement["CPUExecutionProvider"]
+
+
+def test_profile_and_validate_take_another_runtime_and_keep_its_rows_apart(make_toy_bundle: ToyMaker) -> None:
+    from xexport.report.entries import latency_of, read_entry
+    from xexport.report.tables import latency
+
+    bundle = make_toy_bundle("other", runtime="openvino", provider="CPU", target="openvino-fp32")
+    run = ["--runtime", "cpu", "--json", "--quiet"]
+    done = CliRunner().invoke(cli, ["profile", str(bundle), "--steps", "4", "--prefill", "8", *run])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["runtime"] == "cpu"
+    assert record["placement"][0]["provider"] == "CPUExecutionProvider"
+    assert not record["fallbacks"]
+    _, records = read_entry(bundle)
+    assert latency_of(records) is None  # of its own runtime nothing was measured
+    assert "This bundle with cpu" in {row[0] for row in latency(records).rows}
+    checked = CliRunner().invoke(cli, ["validate", str(bundle), *run])
+    assert checked.exit_code == 0, checked.output
+    assert json.loads(checked.stdout)["runtime"] == "cpu"
+    wrong = CliRunner().invoke(cli, ["validate", str(bundle), "--runtime", "nowhere", "--json", "--quiet"])
+    assert wrong.exit_code == 1
+    assert json.loads(wrong.stdout)["error"]["got"] == "nowhere"
