@@ -265,6 +265,8 @@ def _export_into(
     del graph
 
     bundle = Bundle(output.bundle, manifest)
+    if target.format == "ort":
+        bundle = _converted(bundle, target, progress)
     absent = _runtime_absent(target)
     if absent:
         bundle = _unrun(bundle, target, absent)
@@ -330,6 +332,23 @@ def _agreed(bundle: Bundle, target: Target, progress: Progress) -> Bundle:
     reason = simulated(target.environment)
     said = (f"times say nothing about the device: {reason}",) if reason else ()
     return _described(bundle, checks=checks, warnings=(*found.warnings, *said))
+
+
+def _converted(bundle: Bundle, target: Target, progress: Progress) -> Bundle:
+    """The bundle with its graph in ORT format, which computes what the ONNX graph did."""
+    from xexport.evaluate.agree import require_agreement
+    from xexport.exporter.ort_format import convert
+    from xexport.exporter.writer import DATA_NAME, GRAPH_NAME
+
+    progress.stage("convert to ORT format")
+    made, found, old = convert(bundle.path), bundle.manifest, (GRAPH_NAME, DATA_NAME)
+    files = (*made.files, *(entry for entry in found.files if entry.path not in old))
+    converted = _described(bundle, graph=made.files[0].path, files=files)
+    agreement = require_agreement(converted, target, before=bundle)
+    for name in old:
+        (bundle.path / name).unlink(missing_ok=True)
+    checks = {**found.checks, target.where: agreement, "usability": made.usability}
+    return _described(converted, checks=checks, refusals=(*found.refusals, *made.refusals))
 
 
 def _described(bundle: Bundle, **changes: Any) -> Bundle:

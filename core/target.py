@@ -27,6 +27,7 @@ class Target:
         precision: name of a quantization scheme (a row in quant/schemes.toml).
         graph_form: ``dynamic`` (one graph, any B and T) or ``static`` (T=1 and T=chunk).
         opset: ai.onnx operator set of the graph.
+        format: of the graph's file: ``onnx``, or ``ort`` (exporter/ort_format.py).
         fuse: passes that put this project's own operators, or plainer ones, in the place of standard ones,
             in order: files in exporter/passes/.
         inline: put the operators' bodies in the place of their nodes, for a runtime without local functions.
@@ -48,6 +49,7 @@ class Target:
     environment: str = ""
     graph_form: str = "dynamic"
     opset: int = 23
+    format: str = "onnx"
     fuse: list[str] = field(default_factory=list)
     inline: bool = False
     full_placement: bool = False
@@ -65,10 +67,13 @@ class Target:
 
     @property
     def where(self) -> str:
-        """The runtime, or the execution provider if the runtime is ONNX Runtime, in a word."""
-        return (
-            self.provider.removesuffix("ExecutionProvider") if self.runtime == "onnxruntime" else self.runtime
-        )
+        """The runtime in a word; of ONNX Runtime its execution provider, or whose CPU, or its format."""
+        if self.format == "ort":
+            return "ORT format"
+        if self.runtime != "onnxruntime":
+            return self.runtime
+        provider = self.provider.removesuffix("ExecutionProvider")
+        return f"{self.environment} CPU" if self.environment and provider == "CPU" else provider
 
     def row(self) -> dict[str, Any]:
         """The target as plain data."""

@@ -24,13 +24,16 @@ _AT_ONCE = 24  # inputs of the first call, of a target that prepares no lengths
 _SEED = 3
 
 
-def require_agreement(bundle: Bundle, target: Target) -> dict[str, Any]:
+def require_agreement(bundle: Bundle, target: Target, before: Bundle | None = None) -> dict[str, Any]:
     """Run one random sequence, at once and then by single steps, in the bundle's runtime and on the CPU.
 
     The first part is long enough to use every length that the target prepares. Compared is the largest
     difference of logits and state, relative to their RMS (at least 1e-3). Two runtimes that compute in
     float32 sum in different orders, which a recurrence of a hundred steps carries along: 1e-3 allows for
     that, and wrong numbers are of order 1. A target that computes in less says what it may lose.
+
+    Args:
+        before: the bundle before a conversion of its graph, to compare with; by default ``bundle`` itself.
 
     Returns:
         For the manifest: against what, how far apart at most, how many tokens.
@@ -45,7 +48,7 @@ def require_agreement(bundle: Bundle, target: Target) -> dict[str, Any]:
     if contract.streams and contract.max_tokens is not None:
         longest = min(longest, contract.max_tokens - _STEPS * contract.inputs.multiple)
     rng = np.random.default_rng(_SEED)
-    here, there = bundle.stream(runtime=CPU), bundle.stream()
+    here, there = (before or bundle).stream(runtime=CPU), bundle.stream()
     worst, unit, fed = 0.0, contract.inputs.multiple, 0
     lengths = [contract.nearest(longest)] + ([unit] * _STEPS if contract.streams else [])
     for length in lengths:

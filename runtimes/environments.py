@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,7 @@ __all__ = [
     "home",
     "install",
     "main",
+    "needed",
     "run",
     "simulated",
     "why_not",
@@ -63,6 +65,9 @@ class Environment:
             or ``qemu``.
         about: one line for ``list`` and ``xexport doctor``.
         packages: requirements, as pip or npm takes them.
+        debian: Debian packages of a root (qemu).
+        machine: the processor it stands for, as ``platform.machine()`` says it: on such a machine the bundle
+            runs in the process that opens it.
         needs: programs that must be on the PATH, with the Debian package that has each.
         variables: environment variables of its worker; a value that is the path of a file is set only where
             that file exists.
@@ -73,6 +78,8 @@ class Environment:
     kind: str
     about: str
     packages: list[str] = field(default_factory=list)
+    debian: list[str] = field(default_factory=list)
+    machine: str = ""
     needs: dict[str, str] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     simulated: str = ""
@@ -114,6 +121,15 @@ def get_environment(name: str) -> Environment:
     return _rows()[name]
 
 
+def needed(name: str) -> str:
+    """The environment of that name, or "" where this machine is what it stands for (or for "").
+
+    Raises:
+        UnknownNameError: there is no such environment.
+    """
+    return "" if not name or get_environment(name).machine == platform.machine() else name
+
+
 def why_not(name: str) -> str | None:
     """Why nothing can run in an environment here, or None if it can.
 
@@ -133,7 +149,7 @@ def why_not(name: str) -> str | None:
 
 def simulated(name: str) -> str:
     """Why times measured in an environment say nothing about the device; "" if they do, or for ""."""
-    return get_environment(name).simulated if name else ""
+    return get_environment(name).simulated if needed(name) else ""
 
 
 def install(name: str, say: Callable[[str], None] = print) -> Path:

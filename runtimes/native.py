@@ -51,10 +51,14 @@ def library_name() -> str:
 def find_native() -> NativeKernels:
     """Look for the library beside the operators (in an editable install as well as in a wheel).
 
-    The variable ``XEXPORT_NATIVE=0`` turns it off.
+    The variable ``XEXPORT_NATIVE=0`` turns it off; the path of a library takes that one (of another
+    processor, where this one is emulated).
     """
-    if os.environ.get("XEXPORT_NATIVE") == "0":
+    chosen = os.environ.get("XEXPORT_NATIVE", "")
+    if chosen == "0":
         return NativeKernels(None, "no native kernels: turned off by XEXPORT_NATIVE=0")
+    if os.sep in chosen:
+        return _described(Path(chosen))
     library = files("xexport.ops").joinpath(library_name())
     if not (isinstance(library, Path) and library.is_file()):
         return NativeKernels(

@@ -34,8 +34,14 @@ def runtime_names() -> tuple[str, ...]:
 
 
 def environment_of(manifest: Manifest) -> str:
-    """The isolated environment that the bundle's own runtime lives in; "" for this process."""
-    return str(manifest.target_row.get("environment") or "")
+    """The isolated environment that the bundle's own runtime lives in; "" for this process.
+
+    Raises:
+        UnknownNameError: the manifest names an environment that this xexport doesn't have.
+    """
+    from xexport.runtimes.environments import needed
+
+    return needed(str(manifest.target_row.get("environment") or ""))
 
 
 def open_engine(
@@ -78,9 +84,9 @@ def open_engine(
 
 def why_not(runtime: str, provider: str, environment: str = "") -> str | None:
     """Why a runtime with one of its providers can't run here, or None if it can."""
-    if environment:
-        from xexport.runtimes import environments
+    from xexport.runtimes import environments
 
+    if environments.needed(environment):
         return environments.why_not(environment)
     if find_spec(f"xexport.runtimes.{runtime}") is None:
         return f"this xexport has no runtime {runtime!r}"
