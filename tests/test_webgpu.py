@@ -43,4 +43,4 @@ def test_int4_weights_on_the_device(exporter: Any, tmp_path: Path) -> None:
     need_environment("webgpu")
     bundle = load(exporter.export("mamba", "webgpu-int4", tmp_path / "out", preset="tiny"))
     assert bundle.manifest.checks["WebGpu"]["error"] < bundle.manifest.target_row["agreement"]
-    assert {"int4-block"} <= set(bundle.inspect()["formats"])
+    assert any(name.startswith("int4 block") for name in bundle.inspect()["formats"])
