@@ -14,7 +14,6 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,7 +130,9 @@ def _unpack(packages: Sequence[str], root: Path, folder: Path) -> None:
 
 def _sources() -> Path | None:
     """The folder with the kernels' sources and how to build them: a checkout. A wheel has no such thing."""
-    root = Path(str(files("xexport")))
+    from xexport.runtimes.environments import package_root
+
+    root = package_root()
     return root if (root / "CMakeLists.txt").is_file() else None
 
 

@@ -24,6 +24,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import xexport
 from xexport.core.errors import OutputError, RuntimeFailure, unknown_name
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "home",
     "install",
     "main",
+    "package_root",
     "needed",
     "run",
     "simulated",
@@ -181,6 +183,11 @@ def install(name: str, say: Callable[[str], None] = print) -> Path:
     return row.folder
 
 
+def package_root() -> Path:
+    """The folder of this package's modules; in an editable install that is the checkout."""
+    return Path(xexport.__file__).parent
+
+
 def worker_command(name: str) -> tuple[list[str], dict[str, str]]:
     """The arguments that start an environment's worker, and its environment variables.
 
@@ -194,10 +201,11 @@ def worker_command(name: str) -> tuple[list[str], dict[str, str]]:
         )
     row = get_environment(name)
     given = {key: value for key, value in row.variables.items() if "/" not in value or Path(value).exists()}
-    root = str(files("xexport"))
-    if row.kind in ("here", "python"):
-        interpreter = sys.executable if row.kind == "here" else str(row.folder / "bin" / "python")
-        command = [interpreter, "-c", _BOOT, root]
+    root = str(package_root())
+    if row.kind == "here":
+        command = [sys.executable, "-c", "from xexport.runtimes.worker import main; main()"]
+    elif row.kind == "python":
+        command = [str(row.folder / "bin" / "python"), "-c", _BOOT, root]
     elif row.kind == "node":
         command = ["node", str(Path(root) / "runtimes" / "web" / "worker.mjs"), str(row.folder)]
     else:
@@ -262,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``install NAME...`` or ``list``; the exit code."""
     from argparse import ArgumentParser
 
-    from xexport.core.errors import XexportError
+    import xexport
+from xexport.core.errors import XexportError
 
     parser = ArgumentParser(prog=f"python -m {_MODULE}")
     commands = parser.add_subparsers(dest="command", required=True)
