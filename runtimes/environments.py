@@ -34,8 +34,8 @@ __all__ = [
     "home",
     "install",
     "main",
-    "package_root",
     "needed",
+    "package_root",
     "run",
     "simulated",
     "why_not",
@@ -270,8 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``install NAME...`` or ``list``; the exit code."""
     from argparse import ArgumentParser
 
-    import xexport
-from xexport.core.errors import XexportError
+    from xexport.core.errors import XexportError
 
     parser = ArgumentParser(prog=f"python -m {_MODULE}")
     commands = parser.add_subparsers(dest="command", required=True)
