@@ -17,6 +17,7 @@ from xexport.core.errors import InputError, OutputError
 from xexport.core.manifest import (
     KEEP_INPUT,
     MANIFEST_NAME,
+    Activation,
     Manifest,
     ModelInfo,
     Refusal,
@@ -34,10 +35,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
 
+    from xexport.core.contract import Contract
     from xexport.core.family import ChunkModule
     from xexport.core.runner import Runner
     from xexport.evaluate.corpus import Corpus
     from xexport.evaluate.suite import Sizes
+    from xexport.exporter.graph import Written
     from xexport.exporter.output import Output
     from xexport.models._resolve import Source
     from xexport.runtimes.torch_eager import TorchStream
@@ -56,6 +59,7 @@ __all__ = [
 ]
 
 REPORT_NAME = "report.html"
+_CALIBRATION = 4096  # tokens that ranges of activations are taken from
 _LARGE = 1 << 28  # parameters: a float32 copy of more is not made where it can be avoided
 _OFFSET_BYTES = 1.1  # what is written besides the weights themselves
 
@@ -193,12 +197,12 @@ def _export_into(
     from xexport.exporter.passes import keep
     from xexport.exporter.verify import verify
     from xexport.exporter.writer import file_entry
-    from xexport.runtimes.environments import simulated
-    from xexport.runtimes.opening import CPU
+    from xexport.runtimes.opening import CPU, simulated
     from xexport.runtimes.shipped import find_tokenizer
     from xexport.runtimes.torch_eager import TorchStream
 
-    exact = target.precision == "fp32"
+    static = target.graph_form == "static"
+    exact = target.precision == "fp32" and not static  # the graph that is verified is the bundle's
     known: int | None = getattr(source.skeleton, "vocab_size", None)
     shipped = find_tokenizer(tokenizer, checkpoint=source.path, kind=source.tokenizer, vocab=known)
     # a bad text is refused before the work
@@ -215,11 +219,11 @@ def _export_into(
         progress=progress,
     )
     fp32 = output.bundle if exact else output.scratch
-    # what comes after a prompt is of use only to who can go on from it
-    refusals = keep.rewrite(graph) if contract.generates else []
+    # what comes after a prompt is of use only to who can go on from it; a graph of fixed shape can't choose
+    refusals = keep.rewrite(graph) if contract.generates and not static else []
     decisions: list[TensorDecision] = []
     if exact:
-        decisions = _lower(graph, source, target, output.scratch, refusals, progress)
+        decisions, _ = _lower(graph, source, target, output.scratch, refusals, progress, None)
     inline = exact and target.inline
     written = write_graph(graph, fp32, target.bodies, target.why, progress, inline=inline)
 
@@ -246,14 +250,18 @@ def _export_into(
     if not exact:
         _write_manifest(output.scratch, exact_manifest)
 
+    corpus = corpus or read_corpus(shipped.load(), vocab, eval_text, inputs=contract.inputs)
     if not exact:
-        decisions = _lower(graph, source, target, output.scratch, refusals, progress)
-        written = write_graph(graph, output.bundle, target.bodies, target.why, progress, inline=target.inline)
+        # the second half: the first is what accuracy is measured on
+        text = corpus.tokens[len(corpus.tokens) // 2 :][:_CALIBRATION]
+        decisions, facts["activations"] = _lower(
+            graph, source, target, output.scratch, refusals, progress, text
+        )
+        written = _write(graph, output.bundle, target, contract, progress)
     # large weights stay in the checkpoint's file until PyTorch is timed, where that would be unfair
     reference = module if source.parameters > _LARGE else source.eager()
     head = source.head if any(v.name == KEEP_INPUT for v in graph.graph.inputs) else None
     torch_stream = TorchStream(cast("ChunkModule", reference), head=head, contract=contract)
-    corpus = corpus or read_corpus(shipped.load(), vocab, eval_text, inputs=contract.inputs)
     write_reference(output.bundle / REFERENCE_NAME, torch_stream, corpus.tokens)
     facts["refusals"] = refusals
     facts["tokenizer"] = dict(shipped.row)
@@ -270,14 +278,16 @@ def _export_into(
     absent = _runtime_absent(target)
     if absent:
         bundle = _unrun(bundle, target, absent)
-    elif not target.on_cpu:
+    elif target.context:
+        bundle = _compiled(bundle, target, progress)
+    if not absent and not target.on_cpu:
         bundle = _agreed(bundle, target, progress)
     manifest = bundle.manifest
     fp32_bundle = bundle if exact else Bundle(output.scratch, exact_manifest)
     runtime = CPU if absent else None
     if sizes is None:
         sizes = sizes_for(source.parameters, torch_stream, bundle.stream(runtime=runtime))
-    timed = timed and sizes.timed and not absent and not simulated(target.environment)
+    timed = timed and sizes.timed and not absent and not simulated(target.provider, target.environment)
     _measure(
         bundle,
         runtime,
@@ -305,6 +315,15 @@ def _look_up_placement(bundle: Path, target: Target, facts: dict[str, Any]) -> N
         facts["warnings"] = [*facts["warnings"], *([said] if said else [])]
 
 
+def _write(graph: ir.Model, folder: Path, target: Target, contract: Contract, progress: Progress) -> Written:
+    """The bundle's graph, or its graphs of fixed shape."""
+    from xexport.exporter.graph import write_graph, write_static
+
+    if target.graph_form == "static":
+        return write_static(graph, folder, target, contract, progress)
+    return write_graph(graph, folder, target.bodies, target.why, progress, inline=target.inline)
+
+
 def _runtime_absent(target: Target) -> str | None:
     """Why the target's runtime can't run here, or None."""
     from xexport.runtimes.opening import why_not
@@ -321,15 +340,26 @@ def _unrun(bundle: Bundle, target: Target, why: str) -> Bundle:
     return _described(bundle, warnings=(*bundle.manifest.warnings, said))
 
 
+def _compiled(bundle: Bundle, target: Target, progress: Progress) -> Bundle:
+    """The bundle with what its provider compiled of every graph."""
+    from xexport.exporter.writer import file_entry
+    from xexport.runtimes.onnxruntime import compile_contexts
+
+    progress.stage(f"compile for {target.where}")
+    contexts = compile_contexts(bundle.path, bundle.manifest)
+    files = [file_entry(bundle.path / name) for name in contexts.values()]
+    return _described(bundle, contexts=contexts, files=(*bundle.manifest.files, *files))
+
+
 def _agreed(bundle: Bundle, target: Target, progress: Progress) -> Bundle:
     """The bundle, which its own runtime computes as ONNX Runtime does on the CPU."""
     from xexport.evaluate.agree import require_agreement
-    from xexport.runtimes.environments import simulated
+    from xexport.runtimes.opening import simulated
 
     progress.stage(f"run it with {target.where}")
     found = bundle.manifest
     checks = {**found.checks, target.where: require_agreement(bundle, target)}
-    reason = simulated(target.environment)
+    reason = simulated(target.provider, target.environment)
     said = (f"times say nothing about the device: {reason}",) if reason else ()
     return _described(bundle, checks=checks, warnings=(*found.warnings, *said))
 
@@ -365,17 +395,31 @@ def _lower(
     scratch: Path,
     refusals: list[Refusal],
     progress: Progress,
-) -> list[TensorDecision]:
-    """Decide and store every weight, then fuse: roles are guessed from standard nodes, so fusion is last."""
+    text: Any,
+) -> tuple[list[TensorDecision], list[Activation]]:
+    """Decide and store every weight, then fuse: roles are guessed from standard nodes, so fusion is last.
+
+    A scheme with fixed activations is calibrated on ``text`` by the exact graph, which lies in ``scratch``.
+    """
     from xexport.exporter.passes import fuse
+    from xexport.quant import qdq
     from xexport.quant.apply import quantize, unread
     from xexport.quant.scheme import get_scheme
 
     scheme, names = get_scheme(target.precision), set(source.tensors)
     decisions = quantize(graph, scheme, source.roles, scratch, names=names, progress=progress)
     decisions += unread(source.tensors, decisions, source.roles)
+    activations: list[Activation] = []
+    if scheme.activations is not None:
+        from xexport.quant.calibrate import calibrate
+
+        values = qdq.places(graph)
+        tapped = [str(v.name) for v in values]
+        seen = calibrate(scratch / "model.onnx", tapped, text, source.specs, source.contract, progress)
+        wanted = scheme.activations
+        activations = qdq.insert(graph, values, seen, wanted.method, wanted.bits)
     refusals += fuse(graph, target.fuse)
-    return decisions
+    return decisions, activations
 
 
 def _measure(
@@ -590,10 +634,9 @@ def _as_own(row: Record) -> Record:
 
 def _simulated(bundle: Bundle) -> str:
     """Why the bundle's own runtime gives times that say nothing about the device; "" if they do."""
-    from xexport.runtimes.environments import simulated
-    from xexport.runtimes.opening import environment_of
+    from xexport.runtimes.opening import environment_of, simulated
 
-    return simulated(environment_of(bundle.manifest))
+    return simulated(bundle.manifest.provider, environment_of(bundle.manifest))
 
 
 def _record(bundle: Bundle, rows: Sequence[Record]) -> bool:

@@ -183,6 +183,19 @@ class Contract:
         """The nearest allowed lengths, each once, in their order."""
         return tuple(dict.fromkeys(self.nearest(n) for n in wanted))
 
+    def prepared(self, wanted: Iterable[int]) -> tuple[int, ...]:
+        """The lengths of single calls that a runtime of fixed shapes prepares, largest first.
+
+        The smallest call there is is always among them, so any input can be fed in such pieces.
+        """
+        if self.fixed_length is not None:
+            return (self.fixed_length,)
+        unit = self.inputs.multiple
+        fitting = (
+            n - n % unit for n in wanted if n >= unit and (self.max_tokens is None or n <= self.max_tokens)
+        )
+        return tuple(sorted({unit, *fitting}, reverse=True))
+
     def positions(self, length: int) -> int:
         """Of how many positions the logits of ``length`` inputs are (chunk form)."""
         return length // (self.inputs.stride or self.inputs.multiple)

@@ -18,6 +18,7 @@ __all__ = [
     "KEEP_INPUT",
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
+    "Activation",
     "Appended",
     "FileEntry",
     "GraphTensor",
@@ -36,6 +37,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+_GRAPH = "model.onnx"  # and its data file
 #: graph input int64 [1], default 0: of how many of the last positions logits are computed (0: of all T)
 KEEP_INPUT = "logits_to_keep"
 
@@ -128,6 +130,22 @@ class TensorDecision(msgspec.Struct, frozen=True):
     error: float
 
 
+class Activation(msgspec.Struct, frozen=True):
+    """The fixed range that a value is rounded in, and how calibration chose it.
+
+    ``low`` to ``high`` in 2^bits steps, by ``method``; ``seen_low`` and ``seen_high`` are the extremes that
+    occurred.
+    """
+
+    value: str
+    low: float
+    high: float
+    bits: int
+    method: str
+    seen_low: float
+    seen_high: float
+
+
 class Refusal(msgspec.Struct, frozen=True, rename={"pass_": "pass"}):
     """A node that a pass of the exporter looked at and left as it is, and why."""
 
@@ -186,6 +204,17 @@ class Manifest(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...] = ()
     figures: dict[str, Any] = {}
     refusals: tuple[Refusal, ...] = ()
+    #: T -> file, of a bundle with graphs of fixed shape [1,T]; ``graph`` is the one of the smallest T
+    graphs: dict[int, str] = {}
+    #: T -> file: the same graphs compiled for the target's device, weights included (ONNX models of one node)
+    contexts: dict[int, str] = {}
+    activations: tuple[Activation, ...] = ()
+
+    @property
+    def graph_files(self) -> tuple[FileEntry, ...]:
+        """The graphs with their weights: what a device must keep."""
+        names = {self.graph, *self.graphs.values()}
+        return tuple(f for f in self.files if f.path in names or f.path.startswith(_GRAPH))
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -216,7 +245,12 @@ def decode_manifest(data: bytes, where: str = MANIFEST_NAME) -> Manifest:
         _ = manifest.model.contract  # checks itself
     except (msgspec.DecodeError, UnicodeDecodeError, InputError) as error:
         raise BundleError("the manifest is not valid", got=f"{where}: {error}") from error
-    for name in [manifest.graph, *(f.path for f in manifest.files)]:
+    for name in [
+        manifest.graph,
+        *manifest.graphs.values(),
+        *manifest.contexts.values(),
+        *(f.path for f in manifest.files),
+    ]:
         safe_path(Path(), name)
     return manifest
 

@@ -25,7 +25,7 @@ class Target:
         environment: the isolated environment (runtimes/environments.toml) that the runtime lives in; "" for
             the process that opens the bundle.
         precision: name of a quantization scheme (a row in quant/schemes.toml).
-        graph_form: ``dynamic`` (one graph, any B and T) or ``static`` (T=1 and T=chunk).
+        graph_form: ``dynamic`` (one graph, any B and T) or ``static`` (a graph a length, B = 1).
         opset: ai.onnx operator set of the graph.
         format: of the graph's file: ``onnx``, or ``ort`` (exporter/ort_format.py).
         fuse: passes that put this project's own operators, or plainer ones, in the place of standard ones,
@@ -33,6 +33,12 @@ class Target:
         inline: put the operators' bodies in the place of their nodes, for a runtime without local functions.
         full_placement: promise that the provider runs every node. ONNX Runtime is opened so that it refuses a
             graph of which a node would fall back to the CPU; without the promise that is a warning.
+        unroll: write the steps of every loop one after another, for a runtime without loops; static graphs
+            only.
+        lower: passes over the static graphs, in order: files in exporter/lower/, which put other standard
+            operators in the place of those that the device can't compute, or not well.
+        context: ship what the provider compiled of every static graph (a QNN context binary), so that the
+            device does not compile; if it can't take it, it compiles the graph that is there as well.
         lengths: values of T that a runtime of fixed shapes prepares; longer inputs are fed in them.
         agreement: how far its runtime may be from ONNX Runtime's CPU provider on the same graph: the largest
             difference of logits and state, relative to their RMS.
@@ -53,6 +59,9 @@ class Target:
     fuse: list[str] = field(default_factory=list)
     inline: bool = False
     full_placement: bool = False
+    unroll: bool = False
+    lower: list[str] = field(default_factory=list)
+    context: bool = False
     lengths: list[int] = field(default_factory=list)
     agreement: float = 1e-3
     bodies: dict[str, str] = field(default_factory=dict)

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import onnx_ir as ir
 
 import xexport
 from xexport.core.manifest import (
     SCHEMA_VERSION,
+    Activation,
     FileEntry,
+    GraphTensor,
     Manifest,
     ModelInfo,
     Refusal,
@@ -42,6 +45,7 @@ def describe(
     environment: dict[str, Any],
     warnings: Sequence[str] = (),
     extra_files: Sequence[FileEntry] = (),
+    activations: Sequence[Activation] = (),
 ) -> Manifest:
     """Everything a device needs, and every decision with its reason; figures are added later."""
     appended = appended_states(model, [s.name for s in specs])
@@ -57,11 +61,12 @@ def describe(
         target_row=target.row(),
         opset=model.opset_imports[""],
         ir_version=model.ir_version or 0,
-        graph=GRAPH_NAME,
+        graph=written.graphs[min(written.graphs)] if written.graphs else GRAPH_NAME,
         graph_form=target.graph_form,
+        graphs=dict(written.graphs),
         files=(*written.files, *extra_files),
-        inputs=graph_tensors(model.graph.inputs),
-        outputs=graph_tensors(model.graph.outputs),
+        inputs=_tensors(model.graph.inputs, written),
+        outputs=_tensors(model.graph.outputs, written),
         state=tuple(
             StateTensor(s.name, output_name(s.name), s.dtype, s.shape, s.init, appended.get(s.name))
             for s in specs
@@ -73,4 +78,15 @@ def describe(
         environment=environment,
         warnings=tuple(warnings),
         refusals=tuple(refusals),
+        activations=tuple(activations),
+    )
+
+
+def _tensors(values: Sequence[ir.Value], written: Written) -> tuple[GraphTensor, ...]:
+    """Inputs or outputs; a graph of fixed shape takes one sequence."""
+    found = graph_tensors(values)
+    if not written.graphs:
+        return found
+    return tuple(
+        msgspec.structs.replace(t, shape=tuple(1 if d == "B" else d for d in t.shape)) for t in found
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,24 +11,28 @@ import torch
 from onnx_ir.passes.common import InlinePass
 
 from xexport.core.contract import Contract
+from xexport.core.errors import ExportError
 from xexport.core.manifest import FileEntry, GraphTensor, Lowering
 from xexport.core.progress import Progress
 from xexport.core.state import StateSpec
+from xexport.core.target import Target
 from xexport.exporter.functions import attach_functions
 from xexport.exporter.passes import optimize
+from xexport.exporter.static import specialize
 from xexport.exporter.trace import trace
 from xexport.exporter.weights import bind, check_tensors
-from xexport.exporter.writer import write_model
+from xexport.exporter.writer import write_graphs, write_model
 
-__all__ = ["Written", "build_graph", "graph_tensors", "write_graph"]
+__all__ = ["Written", "build_graph", "graph_tensors", "write_graph", "write_static"]
 
 
 @dataclass(frozen=True)
 class Written:
-    """A graph on the disk: its files, and which body every operator got."""
+    """A graph on the disk: its files, which body every operator got, and of static ones T -> file."""
 
     files: tuple[FileEntry, ...]
     lowerings: tuple[Lowering, ...]
+    graphs: Mapping[int, str] = field(default_factory=dict)
 
 
 def build_graph(
@@ -75,6 +79,38 @@ def write_graph(
         InlinePass()(model)
     files = write_model(model, folder, progress)
     return Written(tuple(files), tuple(lowerings))
+
+
+def write_static(
+    model: ir.Model, folder: Path, target: Target, contract: Contract, progress: Progress
+) -> Written:
+    """Attach the operators' bodies and write the weights once, with a graph of fixed shape a length.
+
+    Raises:
+        ExportError: the model takes whole sequences of any length, or a graph can't be made static.
+    """
+    if not contract.streams and contract.fixed_length is None:
+        raise ExportError(
+            f"{target.name} takes graphs of fixed shape, and this model takes whole sequences of any length",
+            got="no state is carried, so a longer input can't be fed in pieces",
+            fix="export for a target with dynamic graphs (cpu-*)",
+        )
+    lengths = contract.prepared(target.lengths)
+    lowerings = attach_functions(model, target.bodies, target.why)
+    names = {length: f"model.t{length}.onnx" for length in sorted(lengths)}
+
+    def graphs() -> Iterator[tuple[str, ir.Model]]:
+        progress.stage("fix the shapes", total=len(names))
+        for length, name in names.items():
+            sizes = {"B": 1, "T": length}
+            yield (
+                name,
+                specialize(model, sizes, inline=target.inline, unroll=target.unroll, lower=target.lower),
+            )
+            progress.advance()
+
+    files = write_graphs(model, folder, graphs, progress)
+    return Written(tuple(files), tuple(lowerings), names)
 
 
 def graph_tensors(values: Sequence[ir.Value]) -> tuple[GraphTensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +17,7 @@ from xexport.core.manifest import FileEntry
 from xexport.core.progress import Progress, Silent
 from xexport.exporter.weights import CheckpointTensor
 
-__all__ = ["DATA_NAME", "GRAPH_NAME", "file_entry", "write_model"]
+__all__ = ["DATA_NAME", "GRAPH_NAME", "file_entry", "write_graphs", "write_model"]
 
 GRAPH_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
@@ -35,19 +35,39 @@ def write_model(model: ir.Model, folder: Path, progress: Progress | None = None)
     Raises:
         OutputError: the disk is full or the folder can't be written.
     """
+    return write_graphs(model, folder, lambda: [(GRAPH_NAME, model)], progress)
+
+
+def write_graphs(
+    model: ir.Model,
+    folder: Path,
+    graphs: Callable[[], Iterable[tuple[str, ir.Model]]],
+    progress: Progress | None = None,
+) -> list[FileEntry]:
+    """Write the weights of ``model`` once, and graphs that read them.
+
+    Args:
+        graphs: called when the weights are written and ``model`` points at them: file name and graph, each
+            with initializers of ``model`` and small ones of its own.
+
+    Raises:
+        OutputError: the disk is full or the folder can't be written.
+    """
     progress = progress or Silent()
     values = [v for v in model.graph.initializers.values() if _is_large(v)]
     for value in model.graph.initializers.values():
         if not _is_large(value):
             _inline(value)
     progress.stage("write weights", total=len(values))
+    entries = []
     try:
-        entries = [_write_data(values, folder, progress)] if values else []
-        path = folder / GRAPH_NAME
-        ir.save(model, path)
+        data = [_write_data(values, folder, progress)] if values else []
+        for name, graph in graphs():
+            ir.save(graph, folder / name)
+            entries.append(file_entry(folder / name))
     except OSError as error:
         raise disk_error(error, folder) from error
-    return [file_entry(path), *entries]
+    return [*entries, *data]
 
 
 def disk_error(error: OSError, where: Path) -> OutputError:

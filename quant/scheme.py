@@ -10,8 +10,9 @@ from importlib.resources import files
 
 from xexport.core.errors import QuantError, unknown_name
 from xexport.core.family import ROLES
+from xexport.quant.ranges import METHODS
 
-__all__ = ["FORMATS", "Scheme", "get_scheme", "scheme_names"]
+__all__ = ["FORMATS", "Activations", "Scheme", "get_scheme", "scheme_names"]
 
 FORMATS = (
     "float32",
@@ -21,8 +22,17 @@ FORMATS = (
     "int8-block",
     "int8-channel",
     "int8-dequantize",
+    "int8-qdq",
     "int4-block",
 )
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Fixed ranges around the products with int8-qdq weights: 8 or 16 bits, by one of ranges.METHODS."""
+
+    bits: int
+    method: str
 
 
 @dataclass(frozen=True)
@@ -34,12 +44,14 @@ class Scheme:
         description: one line for the report.
         formats: role -> format, complete over :data:`xexport.core.family.ROLES`.
         why: role -> reason.
+        activations: how values between products are rounded; None leaves them as they are.
     """
 
     name: str
     description: str
     formats: Mapping[str, str]
     why: Mapping[str, str]
+    activations: Activations | None = None
 
 
 @cache
@@ -52,6 +64,7 @@ def _parse(name: str, row: dict[str, object]) -> Scheme:
     why = row.pop("why")
     description = str(row.pop("description"))
     default = str(row.pop("default"))
+    activations = _activations(name, row.pop("activations", None))
     for role, fmt in row.items():
         if role not in ROLES:
             raise unknown_name(f"role in scheme {name!r}", role, ROLES)
@@ -60,7 +73,23 @@ def _parse(name: str, row: dict[str, object]) -> Scheme:
     if not isinstance(why, dict) or "default" not in why:
         raise QuantError(f"scheme {name!r} lacks its reasons", fix="give it a [NAME.why] table")
     formats = {role: str(row.get(role, default)) for role in ROLES}
-    return Scheme(name, description, formats, {role: str(why.get(role, why["default"])) for role in ROLES})
+    return Scheme(
+        name, description, formats, {role: str(why.get(role, why["default"])) for role in ROLES}, activations
+    )
+
+
+def _activations(name: str, row: object) -> Activations | None:
+    if row is None:
+        return None
+    found = dict(row) if isinstance(row, dict) else {}
+    made = Activations(int(found.get("bits", 0)), str(found.get("method", "")))
+    if made.bits not in (8, 16) or made.method not in METHODS:
+        raise QuantError(
+            f"scheme {name!r} has bad activations",
+            got=f"{made.bits} bits, {made.method!r}",
+            allowed=f"8 or 16 bits, {', '.join(METHODS)}",
+        )
+    return made
 
 
 def scheme_names() -> tuple[str, ...]:

@@ -76,7 +76,7 @@ def _comparison(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> dict[st
 
 def weights_bytes(manifest: Manifest) -> int:
     """Bytes of the graph and its external data: what a device must keep."""
-    return sum(f.bytes for f in manifest.files if f.path.startswith(manifest.graph))
+    return sum(f.bytes for f in manifest.graph_files)
 
 
 def state_bytes(manifest: Manifest, batch: int = 1) -> int:

@@ -41,8 +41,10 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
     folder = Path(path)
     safe_path(folder, "manifest.json")
     manifest = read_manifest(folder)
-    if manifest.graph not in {entry.path for entry in manifest.files}:
-        raise BundleError("the manifest doesn't list its own graph", got=manifest.graph)
+    listed = {entry.path for entry in manifest.files}
+    for name in (manifest.graph, *manifest.graphs.values(), *manifest.contexts.values()):
+        if name not in listed:
+            raise BundleError("the manifest doesn't list its own graph", got=name)
     for entry in manifest.files:
         _check_file(folder, entry, verify=verify)
     return Bundle(folder, manifest)
@@ -65,14 +67,14 @@ class Bundle:
     def fingerprint(self) -> str:
         """Names this graph with these weights (SHA-256 over the hashes of the graph's files)."""
         digest = hashlib.sha256()
-        for entry in sorted(self._graph_files(), key=lambda e: e.path):
+        for entry in sorted(self.manifest.graph_files, key=lambda e: e.path):
             digest.update(f"{entry.path}:{entry.sha256}\n".encode())
         return digest.hexdigest()
 
     @property
     def bytes_of_weights(self) -> int:
         """Size of the graph and its external data: what a device must keep."""
-        return sum(entry.bytes for entry in self._graph_files())
+        return sum(entry.bytes for entry in self.manifest.graph_files)
 
     def bytes_of_state(self, batch: int = 1) -> int:
         """Size of the state of ``batch`` parallel sequences (a stream holds it twice)."""
@@ -157,9 +159,6 @@ class Bundle:
             row["tensors"] += 1
             row["bytes"] += decision.bytes
         return rows
-
-    def _graph_files(self) -> list[FileEntry]:
-        return [entry for entry in self.manifest.files if entry.path.startswith(self.manifest.graph)]
 
 
 def _check_file(folder: Path, entry: FileEntry, *, verify: bool) -> None:

@@ -12,11 +12,27 @@ import numpy.typing as npt
 from xexport.core.contract import Contract, InputSpec
 from xexport.core.errors import InputError, LimitError
 
-__all__ = ["Ids", "Inputs", "check_features", "check_limit", "check_tokens", "checker"]
+__all__ = ["Ids", "Inputs", "check_features", "check_limit", "check_tokens", "checker", "pieces"]
 
 Ids = npt.NDArray[np.int64]
 #: ids [B,T] int64, or features [B,T,F] float32
 Inputs = npt.NDArray[Any]
+
+
+def pieces(inputs: Inputs, lengths: Sequence[int]) -> list[Inputs]:
+    """Consecutive parts of ``[B,T,...]``, each of one of ``lengths``, which are largest first.
+
+    Raises:
+        InputError: the shortest length leaves a rest.
+    """
+    parts, at = [], 0
+    for length in lengths:
+        while at + length <= inputs.shape[1]:
+            parts.append(inputs[:, at : at + length])
+            at += length
+    if at < inputs.shape[1]:
+        raise InputError("no prepared length fits", got=inputs.shape[1], allowed=", ".join(map(str, lengths)))
+    return parts
 
 
 def checker(contract: Contract, batch: int, vocab_size: int) -> Callable[[Any], Inputs]:

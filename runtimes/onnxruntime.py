@@ -20,13 +20,14 @@ import numpy.typing as npt
 
 from xexport.core.errors import BundleError, RuntimeFailure
 from xexport.core.manifest import KEEP_INPUT, Manifest, safe_path
-from xexport.runtimes import placement
+from xexport.runtimes import placement, qnn
 from xexport.runtimes.device_cell import DeviceCell, host_value
 from xexport.runtimes.inputs import Inputs
 from xexport.runtimes.native import NativeKernels, find_native
 from xexport.runtimes.state_buffers import StateBuffers, aligned, check_appended
+from xexport.runtimes.static import StaticEngine
 
-__all__ = ["OrtCell", "OrtEngine", "WholeCell", "open_engine", "unavailable"]
+__all__ = ["OrtCell", "OrtEngine", "WholeCell", "compile_contexts", "failed", "open_engine", "unavailable"]
 
 Array = npt.NDArray[Any]
 _CPU = "CPUExecutionProvider"
@@ -42,6 +43,8 @@ def unavailable(provider: str) -> str | None:
     version = tuple(int(p) for p in ort.__version__.split(".")[:2])
     if version < _OLDEST:
         return f"onnxruntime {ort.__version__} is older than {_OLDEST[0]}.{_OLDEST[1]} (opset 23)"
+    if provider == qnn.PROVIDER:
+        return qnn.unavailable()
     if provider not in ort.get_available_providers():
         return f"this onnxruntime has no {provider}; it has {', '.join(ort.get_available_providers())}"
     return None
@@ -53,8 +56,8 @@ def open_engine(
     *,
     threads: int = 0,
     profile_prefix: Path | str | None = None,
-) -> OrtEngine:
-    """Open the graph of a bundle.
+) -> OrtEngine | StaticEngine:
+    """Open the graph of a bundle, or its graphs of fixed shape.
 
     Args:
         folder: the bundle.
@@ -69,8 +72,6 @@ def open_engine(
         BundleError: the graph's inputs and outputs aren't those of the manifest, or an option of
             the manifest names a path.
     """
-    import onnxruntime as ort
-
     # a bundle of another runtime names that one's devices: it runs here on the CPU
     own = manifest.runtime == "onnxruntime"
     provider = manifest.provider if own else _CPU
@@ -83,26 +84,82 @@ def open_engine(
         )
     check_appended(manifest.state)
     native = find_native() if provider == _CPU else _NO_NATIVE
-    options = _session_options(manifest, threads, native)
-    if provider != _CPU and manifest.target_row.get("full_placement"):
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    if profile_prefix is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile_prefix)
-        placement.record(options)
-    providers = [(provider, _options_of(manifest, "provider_options") if own else {})]
-    path = str(safe_path(folder, manifest.graph))
+    settings = _options_of(manifest, "provider_options") if own else {}
+
+    def opened(name: str, *, promised: bool = True) -> Any:
+        """The session of one graph, by the provider that was asked for."""
+        path = safe_path(folder, name)
+        options = _session_options(manifest, threads, native)
+        if promised and provider != _CPU and manifest.target_row.get("full_placement"):
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        if profile_prefix is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = f"{profile_prefix}-{path.stem}"
+        if profile_prefix is not None or not promised:
+            placement.record(options)
+        try:
+            session = _session(path, options, provider, settings)
+        except Exception as error:  # ORT's exception classes share no public base
+            if placement.is_broken_promise(error):
+                raise placement.broken_promise(opened(name, promised=False), provider) from error
+            raise _refused(error, path) from error
+        _check_signature(session, manifest)
+        return session
+
+    def opened_context(length: int) -> Any:
+        """The session of a compiled graph, or None where it was compiled for another device."""
+        if provider == _CPU or length not in manifest.contexts:
+            return None
+        try:
+            return opened(manifest.contexts[length])
+        except RuntimeFailure:
+            return None
+
     began = time.perf_counter()
-    try:
-        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
-    except Exception as error:  # ORT's exception classes share no public base
-        if placement.is_broken_promise(error):
-            free = _session_options(manifest, threads, native)
-            raise placement.broken_promise(path, free, providers) from error
-        raise _refused(error, folder / manifest.graph) from error
-    seconds = time.perf_counter() - began
-    _check_signature(session, manifest)
-    return OrtEngine(session, manifest, threads, native, seconds)
+    if manifest.graphs:
+        sessions = {
+            length: opened_context(length) or opened(name)
+            for length, name in sorted(manifest.graphs.items(), reverse=True)
+        }
+        return StaticEngine(sessions, manifest, threads, provider, time.perf_counter() - began)
+    session = opened(manifest.graph)
+    return OrtEngine(session, manifest, threads, native, time.perf_counter() - began)
+
+
+def compile_contexts(folder: Path, manifest: Manifest) -> dict[int, str]:
+    """Compile a bundle's graphs of fixed shape for its provider and write the results beside them.
+
+    Returns:
+        T -> file name, for :attr:`Manifest.contexts`.
+
+    Raises:
+        RuntimeFailure: the provider refused a graph, or would leave nodes of it to the CPU (they are named).
+    """
+    settings = _options_of(manifest, "provider_options")
+    made = {}
+    for length, name in manifest.graphs.items():
+        graph, made[length] = safe_path(folder, name), f"{Path(name).stem}.context.onnx"
+        options = _session_options(manifest, 0, _NO_NATIVE)
+        if manifest.target_row.get("full_placement"):
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        qnn.add_provider(options, settings)
+        try:
+            qnn.write_context(graph, options, safe_path(folder, made[length]))
+        except Exception as error:  # ORT's exception classes share no public base
+            open_engine(folder, manifest)  # says which nodes
+            raise _refused(error, graph) from error
+    return made
+
+
+def _session(path: Path, options: Any, provider: str, settings: Mapping[str, str]) -> Any:
+    """An ``onnxruntime.InferenceSession``; a plugin's provider comes with the options."""
+    import onnxruntime as ort
+
+    if provider == qnn.PROVIDER:
+        qnn.add_provider(options, settings)
+        with qnn.quiet_stdout():
+            return ort.InferenceSession(str(path), options)
+    return ort.InferenceSession(str(path), options, providers=[(provider, settings)], enable_fallback=0)
 
 
 @dataclass(frozen=True)
@@ -222,7 +279,7 @@ class OrtCell:
             self._session.run_with_iobinding(pair[self.buffers.side])
         except Exception as error:  # ORT's exception classes share no public base
             self.buffers.undo()
-            raise _failed(error) from error
+            raise failed(error) from error
         self.buffers.commit()
 
     def _binding_pair(self) -> tuple[Any, Any]:
@@ -257,7 +314,7 @@ class WholeCell:
         try:
             (logits,) = self._session.run(None, {self._input: inputs})
         except Exception as error:  # ORT's exception classes share no public base
-            raise _failed(error) from error
+            raise failed(error) from error
         found: npt.NDArray[np.float32] = logits
         return found[:, -keep:].copy() if keep else found
 
@@ -272,7 +329,8 @@ class WholeCell:
         """Nothing to overwrite."""
 
 
-def _failed(error: Exception) -> RuntimeFailure:
+def failed(error: Exception) -> RuntimeFailure:
+    """A failed run as an error of this project."""
     return RuntimeFailure(
         "ONNX Runtime failed to run the graph",
         got=_first_line(error),

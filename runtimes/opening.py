@@ -19,7 +19,7 @@ from xexport.core.manifest import Manifest
 if TYPE_CHECKING:
     from xexport.runtimes.engine import Engine
 
-__all__ = ["CPU", "environment_of", "open_engine", "runtime_names", "why_not"]
+__all__ = ["CPU", "environment_of", "open_engine", "runtime_names", "simulated", "why_not"]
 
 #: the runtime name for ONNX Runtime's CPU provider in this process, whatever the bundle is for
 CPU = "cpu"
@@ -94,6 +94,13 @@ def why_not(runtime: str, provider: str, environment: str = "") -> str | None:
         return f"the package {runtime!r} is not installed"
     reason: str | None = import_module(f"xexport.runtimes.{runtime}").unavailable(provider)
     return reason
+
+
+def simulated(provider: str, environment: str = "") -> str:
+    """Why times measured here say nothing about a target's device; "" if they do."""
+    from xexport.runtimes import environments, qnn
+
+    return environments.simulated(environment) or (qnn.simulated() if provider == qnn.PROVIDER else "")
 
 
 def _on_cpu(manifest: Manifest) -> Manifest:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from xexport.core.errors import RuntimeFailure
 from xexport.core.manifest import Manifest, safe_path
 from xexport.core.state import StateSpec, state_shape
-from xexport.runtimes.inputs import Inputs
+from xexport.runtimes.inputs import Inputs, pieces
 
 __all__ = ["OpenVinoCell", "OpenVinoEngine", "open_engine", "unavailable"]
 
@@ -109,9 +109,7 @@ class OpenVinoEngine:
 
     def lengths(self) -> tuple[int, ...]:
         """Steps of one call, largest first; the last is the smallest call there is."""
-        unit = self.manifest.model.contract.inputs.multiple
-        row = self.manifest.target_row.get("lengths") or []
-        return tuple(sorted({unit, *(n - n % unit for n in row if n >= unit)}, reverse=True))
+        return self.manifest.model.contract.prepared(self.manifest.target_row.get("lengths") or [])
 
     def compiled(self, batch: int, length: int) -> Any:
         """The model of one shape.
@@ -161,7 +159,8 @@ class OpenVinoCell:
         longer = self._contract.streams and inputs.shape[1] > self._contract.inputs.multiple
         before = self.read() if longer else None
         try:
-            parts = [self._call(part) for part in self._pieces(inputs)]
+            cut = pieces(inputs, self._engine.lengths()) if self._contract.streams else [inputs]
+            parts = [self._call(part) for part in cut]
         except RuntimeError as error:
             if before is not None:
                 self.write(before)
@@ -193,17 +192,6 @@ class OpenVinoCell:
         """(name, type, nanoseconds) of every node in the last call; needs ``open_engine(profile=True)``."""
         rows = self._requests[self._active].profiling_info
         return [(r.node_name, r.node_type, round(r.real_time.total_seconds() * 1e9)) for r in rows]
-
-    def _pieces(self, inputs: Inputs) -> list[Inputs]:
-        """Consecutive parts, each of a length that is compiled; largest first."""
-        if not self._contract.streams:
-            return [inputs]
-        pieces, at = [], 0
-        for length in self._engine.lengths():
-            while at + length <= inputs.shape[1]:
-                pieces.append(inputs[:, at : at + length])
-                at += length
-        return pieces
 
     def _call(self, inputs: Inputs) -> npt.NDArray[np.float32]:
         request = self._request(inputs.shape[1])

@@ -12,7 +12,7 @@ node works on the integers of shapes, which ONNX Runtime keeps on the CPU on pur
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from xexport.core.errors import RuntimeFailure
@@ -55,19 +55,13 @@ def is_broken_promise(error: Exception) -> bool:
     return _PROMISE in str(error)
 
 
-def broken_promise(path: str, options: Any, providers: Sequence[tuple[str, Any]]) -> RuntimeFailure:
-    """The refusal with the nodes that would have fallen back: the graph is opened again without the promise.
+def broken_promise(session: Any, wanted: str) -> RuntimeFailure:
+    """The refusal with the nodes that would have fallen back.
 
     Args:
-        path: the graph.
-        options: session options like those refused, without the promise.
-        providers: as they were asked for; the first is the one that promises.
+        session: the graph opened again, without the promise and with :func:`record`.
+        wanted: the execution provider that promises.
     """
-    import onnxruntime as ort
-
-    wanted = providers[0][0]
-    record(options)
-    session = ort.InferenceSession(path, options, providers=list(providers), enable_fallback=0)
     nodes = assignment(session)
     strays = [n for n in nodes if n.provider != wanted]
     taken = Counter(n.op for n in nodes if n.provider == wanted)

@@ -59,11 +59,12 @@ Format = Callable[[Context, ir.Value], Stored | Refusal]
 
 def formats() -> dict[str, Format]:
     """Format name -> the function that applies it."""
-    from xexport.quant.formats import block, channel, dequantize, half, half_product, rows
+    from xexport.quant.formats import block, channel, dequantize, dequantized, half, half_product, rows
 
     return {
         "float16": half.apply,
         "float16-product": half_product.apply,
+        "int8-qdq": dequantized.apply,
         "int8-rows": rows.apply,
         "int8-block": block.apply_int8,
         "int8-channel": channel.apply,

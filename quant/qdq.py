@@ -1,0 +1,96 @@
+"""Static activations: QuantizeLinear and DequantizeLinear around the products with 8-bit weights.
+
+What enters and what leaves such a product gets the range that calibration found. Everything else, the state
+among it, stays float: the recurrence, norms, gates and low-rank paths are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from xexport.core.manifest import Activation
+from xexport.quant.formats.dequantized import SUFFIX
+from xexport.quant.ranges import Histogram, Range, choose
+
+__all__ = ["insert", "places"]
+
+
+def places(model: ir.Model) -> list[ir.Value]:
+    """The values to calibrate: what enters and leaves a product with weights of formats/dequantized.py."""
+    found: dict[ir.Value, None] = {}
+    for node in model.graph:
+        if _is_product(node):
+            for value in (node.inputs[0], node.outputs[0]):
+                assert value is not None
+                found[value] = None
+    return list(found)
+
+
+def insert(
+    model: ir.Model, values: Sequence[ir.Value], seen: Mapping[str, Histogram], method: str, bits: int
+) -> list[Activation]:
+    """Put a pair of nodes behind every value of :func:`places`; who read it reads the rounded value.
+
+    Args:
+        seen: histograms by the values' names.
+        method, bits: of quant/ranges.py; 8 or 16 bits.
+
+    Returns:
+        A record a value.
+    """
+    records = []
+    for value in values:
+        name = value.name or ""
+        chosen = choose(seen[name], method, bits)
+        _round(model, value, chosen)
+        records.append(
+            Activation(name, chosen.low, chosen.high, bits, method, seen[name].low, seen[name].high)
+        )
+    return records
+
+
+def _is_product(node: ir.Node) -> bool:
+    if node.op_type != "MatMul" or node.domain:
+        return False
+    weight = node.inputs[1].producer() if node.inputs[1] is not None else None
+    return weight is not None and (weight.name or "").endswith(SUFFIX)
+
+
+def _round(model: ir.Model, value: ir.Value, chosen: Range) -> None:
+    graph, name = model.graph, value.name or ""
+    kind = np.uint8 if chosen.bits == 8 else np.uint16
+    scale = _constant(graph, f"{name}/range.scale", np.array(chosen.scale, np.float32))
+    zero = _constant(graph, f"{name}/range.zero", np.array(chosen.zero, kind))
+    users = list(value.uses())
+    quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}/QuantizeLinear")
+    codes = quantize.outputs[0]
+    codes.name, codes.type, codes.shape = (
+        quantize.name,
+        ir.TensorType(ir.DataType.from_numpy(np.dtype(kind))),
+        value.shape,
+    )
+    back = ir.node("DequantizeLinear", [codes, scale, zero], name=f"{name}/DequantizeLinear")
+    rounded = back.outputs[0]
+    rounded.name, rounded.type, rounded.shape = back.name, value.type, value.shape
+    made = value.producer()
+    graph.insert_after(made, [quantize, back]) if made is not None else graph.insert_before(
+        graph[0], [quantize, back]
+    )
+    for user, place in users:
+        user.replace_input_with(place, rounded)
+    for place, output in enumerate(graph.outputs):
+        if output is value:  # the logits: the graph's output keeps its name
+            value.name, rounded.name = f"{name}/exact", name
+            graph.outputs[place] = rounded
+
+
+def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
