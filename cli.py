@@ -553,10 +553,11 @@ def compare(
 def sweep(
     models: tuple[str, ...], patterns: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Export, validate and profile every MODEL on every target, into one report.
+    """Export and profile a grid of MODELs and targets.
 
-    Exports run side by side, profiles one at a time on a machine. Finished cells are kept in a store in
-    OUT: after an interruption the same command goes on where it was. Exits with 1 if a cell failed.
+    Every cell is exported, validated and profiled, and one report shows them all. Exports run side by
+    side, profiles one at a time on a machine. Finished cells are kept in a store in OUT: after an
+    interruption the same command goes on where it was. Exits with 1 if a cell failed.
 
     \b
     xexport sweep rwkv mamba retnet --targets 'cpu-*'
@@ -579,10 +580,10 @@ def sweep(
 @click.option("--no-profile", is_flag=True, help="Export only: measure nothing here.")
 @_quiet_option
 def worker(scheduler: str, name: str | None, no_profile: bool, quiet: bool) -> None:
-    """Let this machine work for sweeps: connect to a Dask SCHEDULER until it ends.
+    """Let this machine work for the sweeps of a SCHEDULER.
 
-    Announces what `xexport doctor` says this machine can run. Whoever controls the scheduler can run
-    code here: use it in a network you trust.
+    Connects to Dask's scheduler until it ends, and announces what `xexport doctor` says this machine can
+    run. Whoever controls the scheduler can run code here: use it in a network you trust.
 
     \b
     dask scheduler                                # on one machine
@@ -621,10 +622,10 @@ def _parameters(text: str | None) -> int | None:
 @click.option("--ort", type=_PATH, metavar="D", help="The folder dist of the npm package onnxruntime-web.")
 @_json_option
 def serve(bundles: tuple[Path, ...], host: str, port: int, ort: Path | None, as_json: bool) -> None:
-    """Run BUNDLEs in a browser: a page to type a prompt and watch the text.
+    """Serve a page that runs BUNDLEs in a browser.
 
-    The page runs the bundle itself, with WebAssembly or WebGPU; this machine only sends it the files.
-    Nothing is loaded from elsewhere: onnxruntime-web comes from the environment "web"
+    A prompt is typed and its text streams. The page runs the bundle itself, with WebAssembly or WebGPU;
+    this machine only sends it the files. Nothing is loaded from elsewhere: onnxruntime-web comes from the environment "web"
     (python -m xexport.runtimes.environments install web). It serves this machine alone unless told otherwise,
     until it is interrupted.
 

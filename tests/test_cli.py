@@ -146,7 +146,7 @@ COMMANDS = sorted(cli.commands)
 
 
 def test_all_commands_are_there() -> None:
-    wanted = "compare doctor export inspect models profile report run targets validate"
+    wanted = "compare doctor export inspect models profile report run serve sweep targets validate worker"
     assert " ".join(COMMANDS) == wanted
 
 
@@ -263,12 +263,13 @@ def test_a_bundle_that_fails_validation_exits_with_1(monkeypatch: pytest.MonkeyP
 def test_validate_profile_and_report_pass_their_arguments_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def validate(path: Path, *, eval_text: Any, progress: Any) -> dict[str, Any]:
-        calls.append((path, eval_text))
+    def validate(path: Path, *, eval_text: Any, runtime: Any, progress: Any) -> dict[str, Any]:
+        calls.append((path, eval_text, runtime))
         return {"chunk_error": 1e-6, "odd": {"deep": [1, 2]}}
 
-    def profile(path: Path, *, threads: Any, steps: Any, prefill: Any, progress: Any) -> dict[str, Any]:
-        calls.append((path, threads, steps, prefill))
+    def profile(path: Path, *, progress: Any, **options: Any) -> dict[str, Any]:
+        calls.append((path, *(options.pop(name) for name in ("threads", "steps", "prefill", "runtime"))))
+        assert not options
         return {"latency": SUMMARY["latency"]}
 
     def report(paths: list[Path], out: Path, *, progress: Any) -> Path:
@@ -277,7 +278,7 @@ def test_validate_profile_and_report_pass_their_arguments_on(monkeypatch: pytest
 
     for function in (validate, profile, report):
         monkeypatch.setattr(f"xexport.pipeline.{function.__name__}", function)
-    one = _run("validate", "b", "--eval-text", "t")
+    one = _run("validate", "b", "--eval-text", "t", "--runtime", "cpu")
     assert "1e-06" in one.stdout
     assert "odd.deep" in one.stdout
     two = _run(
@@ -287,8 +288,8 @@ def test_validate_profile_and_report_pass_their_arguments_on(monkeypatch: pytest
     three = _run("report", "a", "b", "-o", "r.html")
     assert "r.html" in three.stdout
     assert calls == [
-        (Path("b"), Path("t")),
-        (Path("b"), 1, 9, (64, 128)),
+        (Path("b"), Path("t"), "cpu"),
+        (Path("b"), 1, 9, (64, 128), None),
         (Path("a"), Path("b"), Path("r.html")),
     ]
 
