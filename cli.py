@@ -625,9 +625,9 @@ def serve(bundles: tuple[Path, ...], host: str, port: int, ort: Path | None, as_
     """Serve a page that runs BUNDLEs in a browser.
 
     A prompt is typed and its text streams. The page runs the bundle itself, with WebAssembly or WebGPU;
-    this machine only sends it the files. Nothing is loaded from elsewhere: onnxruntime-web comes from the environment "web"
-    (python -m xexport.runtimes.environments install web). It serves this machine alone unless told otherwise,
-    until it is interrupted.
+    this machine only sends it the files. Nothing is loaded from elsewhere: onnxruntime-web comes from
+    the environment "web" (python -m xexport.runtimes.environments install web). It serves this machine
+    alone unless told otherwise, until it is interrupted.
 
     \b
     xexport rwkv --target web-int8
