@@ -94,7 +94,7 @@ def test_every_big_product_has_its_pairs(bundle: Bundle) -> None:
 def test_the_manifest_records_every_range(bundle: Bundle) -> None:
     rows = bundle.manifest.activations
     assert len(rows) == len({r.value for r in rows}) > 20
-    assert {(r.bits, r.method) for r in rows} == {(8, "percentile")}
+    assert {(r.bits, r.method) for r in rows} == {(8, "min-max")}
     assert all(r.seen_low <= r.seen_high and r.low <= 0 <= r.high for r in rows)
     formats = {d.role: d.format for d in bundle.manifest.decisions}
     assert formats["projection"] == formats["head"] == "int8 per channel"
