@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
-import os
+import shutil
 import struct
 import time
 from dataclasses import replace
@@ -75,7 +75,7 @@ def test_two_cells_of_one_worker_do_not_mix(bundle: Bundle) -> None:
 
 def test_memory_and_operators_are_the_workers(bundle: Bundle, tmp_path: Path) -> None:
     for entry in bundle.manifest.files:
-        os.link(bundle.path / entry.path, tmp_path / entry.path)
+        shutil.copy(bundle.path / entry.path, tmp_path / entry.path)
     (tmp_path / "manifest.json").write_bytes(msgspec.json.encode(bundle.manifest))
     setup = setup_for(bundle.manifest, "x", None)
     memory = measure_memory(tmp_path, setup=setup, weights_bytes=1, state_bytes=1, tokens=8)

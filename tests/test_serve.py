@@ -184,6 +184,8 @@ def test_the_command_says_where_and_ends_when_interrupted(toy_bundle: Path, pack
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(dev)},
         text=True,
+        # a job in the background ignores it, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     with process.stdout as out:

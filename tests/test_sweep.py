@@ -49,7 +49,8 @@ def statuses(store: Store) -> dict[str, str]:
 
 
 def test_patterns_name_targets_once_and_in_order() -> None:
-    assert match_targets(["cpu-int8", "cpu-*", " "]) == ["cpu-int8", "cpu-fp16", "cpu-fp32", "cpu-int4"]
+    found = match_targets(["cpu-int8", "cpu-*", " "])
+    assert found == ["cpu-int8", "cpu-fp16", "cpu-fp32", "cpu-int4", "cpu-qdq-int8"]
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,9 @@ def test_graphs_of_fixed_lengths_share_the_state(make_toy_bundle: ToyMaker) -> N
     folder = make_toy_bundle(vocab=64)
     path = folder / "manifest.json"
     row = json.loads(path.read_bytes())
-    path.write_text(json.dumps({**row, "graphs": {"1": row["graph"], "4": row["graph"]}}), encoding="utf-8")
     tokens = np.random.default_rng(2).integers(0, 64, 11).tolist()
     want = xexport.load(folder).stream(runtime=CPU).feed(tokens)
+    path.write_text(json.dumps({**row, "graphs": {"1": row["graph"], "4": row["graph"]}}), encoding="utf-8")
     found = node(
         """
         const ort = await web.loadOrt(given[1]);
