@@ -20,7 +20,6 @@ from chunk_form import (
     new_state,
     operators,
     random_model,
-    role,
     trained,
 )
 from hypothesis import given, settings
@@ -286,35 +285,3 @@ def test_a_stream_ends_where_the_biases_do(exporter: Any) -> None:
 def test_own_checkpoint_loads(tmp_path: Path) -> None:
     module = trained(FAMILY, TINY, noise=0.3)
     check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"kind": "global"}, "unknown kind"),
-        ({"layers": 0}, "too small"),
-        ({"window": 1}, "window of an AFT"),
-        ({"kind": "conv", "heads": 5}, "multiple of its heads"),
-        ({"kind": "image", "window": 4}, "window that has a middle"),
-        ({"kind": "image", "grid": (0, 5)}, "grid of patches"),
-    ],
-)
-def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        dataclasses.replace(TINY, **changes)
-
-
-@pytest.mark.parametrize(
-    ("preset", "name", "wanted"),
-    [
-        ("tiny", "place.weight", "embedding"),
-        ("tiny", "layers.1.mixer.weight", "gate"),
-        ("tiny", "layers.1.mixer.o_proj.bias", "norm"),
-        ("tiny", "layers.0.mixer.k_proj.weight", "projection"),
-        ("tiny-full", "layers.0.mixer.u", "low_rank"),
-        ("tiny-conv", "layers.0.mixer.filter", "conv"),
-        ("tiny-conv", "layers.0.mixer.gain", "gate"),
-    ],
-)
-def test_roles(preset: str, name: str, wanted: str) -> None:
-    assert role(FAMILY, VARIANTS[preset], name) == wanted

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import error, in_chunks, load_module, new_state, random_model, recognised_by, role
+from chunk_form import error, in_chunks, load_module, new_state, random_model, recognised_by
 from tolerances import TOLERANCES
 from torch import Tensor, nn
 
@@ -109,20 +109,3 @@ def test_preset_has_the_published_parameter_count() -> None:
         module = FAMILY.build(FAMILY.presets["85m"])
     inside = sum(p.numel() for n, p in module.named_parameters() if ".layers." in n)
     assert inside == pytest.approx(85e6, rel=5e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("embedder.embeddings.weight", "embedding"),
-        ("token_decoder.gpt_neox.embed_in.weight", "embedding"),
-        ("token_decoder.embed_out.weight", "head"),
-        ("token_decoder.expansion_layer.weight", "projection"),
-        ("block_decoder.gpt_neox.layers.0.attention.dense.bias", "norm"),
-        ("block_decoder.gpt_neox.layers.1.mlp.dense_4h_to_h.weight", "projection"),
-        ("block_decoder.gpt_neox.final_layer_norm.weight", "norm"),
-        ("turns", "other"),
-    ],
-)
-def test_roles(name: str, wanted: str) -> None:
-    assert role(FAMILY, TINY, name) == wanted

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chunk_form import assert_same, check_init, chunk_form, error, in_chunks, new_state, random_state, role
+from chunk_form import assert_same, check_init, chunk_form, error, in_chunks, new_state, random_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -20,7 +20,7 @@ from tolerances import TOLERANCES
 from torch import Tensor, nn
 
 from xexport.core.checkpoint import open_checkpoint
-from xexport.core.errors import CheckpointError, InputError
+from xexport.core.errors import CheckpointError
 from xexport.core.registry import get_family
 from xexport.models._conformer import Places, position_table
 from xexport.models.conformer import ConformerConfig, ConformerTraining
@@ -362,35 +362,6 @@ def test_own_checkpoint_loads(tmp_path: Path) -> None:
     assert all(torch.equal(v, made(CHUNKED).state_dict()[k]) for k, v in module.state_dict().items())
     with pytest.raises(CheckpointError, match="not a Conformer checkpoint"):
         FAMILY.load(open_checkpoint(tmp_path / "retnet.safetensors"))
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"layers": 0}, "too small"),
-        ({"chunk": 0}, "too small"),
-        ({"kernel": 1}, "too small"),
-        ({"width": 33}, "even multiple"),
-        ({"blank": 29}, "not in the vocabulary"),
-    ],
-)
-def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        dataclasses.replace(TINY, **changes)
-
-
-def test_roles() -> None:
-    for name, wanted in (
-        ("subsample.conv1.weight", "conv"),
-        ("subsample.out.weight", "projection"),
-        ("blocks.0.conv.depthwise.weight", "conv"),
-        ("blocks.0.conv.up.weight", "projection"),
-        ("blocks.0.attention.pos_proj.weight", "projection"),
-        ("blocks.0.attention.u", "other"),
-        ("blocks.0.ff1_norm.weight", "norm"),
-        ("head.weight", "head"),
-    ):
-        assert role(FAMILY, TINY, name) == wanted
 
 
 def test_paper_sizes() -> None:

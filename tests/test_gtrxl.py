@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +17,11 @@ from chunk_form import (
     error,
     new_state,
     operators,
-    role,
     trained,
 )
 from tolerances import TOLERANCES
 from torch import Tensor
 
-from xexport.core.errors import InputError
 from xexport.core.registry import get_family
 from xexport.models.gtrxl import Gtrxl, GtrxlConfig, GtrxlTraining
 
@@ -149,29 +146,3 @@ def test_export_has_dynamic_axes_and_no_loop() -> None:
 def test_own_checkpoint_loads(tmp_path: Path) -> None:
     module = trained(FAMILY, TINY)
     check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"), [({"memory": 0}, "too small"), ({"heads": 5}, "multiple of its heads")]
-)
-def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        dataclasses.replace(TINY, **changes)
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("embed.weight", "embedding"),
-        ("head.weight", "head"),
-        ("layers.0.attention_norm.bias", "norm"),
-        ("layers.0.attention_gate.bias", "gate"),
-        ("layers.1.ffn_gate.of_branch.weight", "projection"),
-        ("layers.1.attention.relative", "filter"),
-        ("layers.1.attention.k_proj.weight", "projection"),
-        ("layers.1.attention.u", "other"),
-        ("layers.0.fc1.weight", "projection"),
-    ],
-)
-def test_roles(name: str, wanted: str) -> None:
-    assert role(FAMILY, TINY, name) == wanted

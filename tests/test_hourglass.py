@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import error, in_chunks, load_module, new_state, random_model, recognised_by, role
+from chunk_form import error, in_chunks, load_module, new_state, random_model, recognised_by
 from tolerances import TOLERANCES
 
 from xexport.core.checkpoint import open_checkpoint
@@ -95,18 +95,3 @@ def test_the_longest_stream() -> None:
 def test_a_bad_configuration_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         replace(TINY, **change)
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("embed.weight", "embedding"),
-        ("head.weight", "head"),
-        ("level.down.weight", "projection"),
-        ("level.inner.gather.kv_proj.weight", "projection"),
-        ("level.inner.valley.0.norm.weight", "norm"),
-        ("level.spread.ffn.fc1.bias", "norm"),
-    ],
-)
-def test_roles(name: str, wanted: str) -> None:
-    assert role(FAMILY, TINY, name) == wanted

@@ -22,7 +22,6 @@ from chunk_form import (
     new_state,
     operators,
     random_model,
-    role,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -279,21 +278,3 @@ def test_preset_has_the_published_parameter_count() -> None:
     with torch.device("meta"):
         module = FAMILY.build(FAMILY.presets["bamba-9b"])
     assert sum(p.numel() for p in module.parameters()) == pytest.approx(9.78e9, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("model.embed_tokens.weight", "embedding"),
-        ("lm_head.weight", "head"),
-        ("model.final_layernorm.weight", "norm"),
-        ("model.layers.0.mamba.norm.weight", "norm"),
-        ("model.layers.0.mamba.in_proj.weight", "projection"),
-        ("model.layers.0.mamba.dt_proj.weight", "decay"),
-        ("model.layers.1.self_attn.k_proj.weight", "projection"),
-        ("model.layers.1.feed_forward.up_proj.weight", "projection"),
-        ("model.turns", "other"),
-    ],
-)
-def test_roles(name: str, wanted: str) -> None:
-    assert role(FAMILY, TINY, name) == wanted

@@ -339,16 +339,6 @@ def test_truncated_hyenadna_is_refused(tmp_path: Path) -> None:
         FAMILY.load(dataclasses.replace(raw, tensors=less))
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [({"order": 1}, "order"), ({"filter_features": 4}, "pairs"), ({"max_tokens": 1}, "too small")],
-    ids=["order", "features", "length"],
-)
-def test_impossible_sizes_are_refused(change: dict[str, int], match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        dataclasses.replace(TINY, **change)
-
-
 @pytest.mark.parametrize(("preset", "millions"), [("125m", 125), ("153m", 153), ("355m", 355)])
 def test_paper_sizes(preset: str, millions: float) -> None:
     """The embedding is tied in the paper, so it counts once."""

@@ -120,20 +120,6 @@ def test_own_checkpoint_loads(tmp_path: Path) -> None:
         FAMILY.load(open_checkpoint(tmp_path / "other.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"layers": 0}, "too small"),
-        ({"heads": 5}, "multiple of its heads"),
-        ({"rows": 25}, "fewer rows"),
-        ({"sharing": "all"}, "unknown sharing"),
-    ],
-)
-def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        dataclasses.replace(TINY, **changes)
-
-
 @pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
 def test_export(exporter: Any, target: str) -> None:
     check_whole_export(exporter, "linformer", target)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from chunk_form import check_init, check_own_file, chunk_form, error, new_state, operators, role
+from chunk_form import check_init, check_own_file, chunk_form, error, new_state, operators
 from tolerances import TOLERANCES
 from torch import Tensor
 
-from xexport.core.errors import InputError
 from xexport.core.registry import get_family
 from xexport.models.lmuformer import LmuFormer, LmuFormerConfig, LmuFormerTraining, _window, legendre
 
@@ -135,29 +133,3 @@ def test_export_has_dynamic_axes_and_no_loop() -> None:
 def test_own_checkpoint_loads(tmp_path: Path) -> None:
     module = trained()
     check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"), [({"memory": 0}, "too small"), ({"theta": 1}, "span of a Legendre memory")]
-)
-def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        dataclasses.replace(TINY, **changes)
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("embed.weight", "embedding"),
-        ("head.weight", "head"),
-        ("head.bias", "norm"),
-        ("response", "filter"),
-        ("patch_embed.conv_layers.1.conv.weight", "projection"),
-        ("patch_embed.conv_layers.1.scale", "norm"),
-        ("block.0.attn.lmu.W_u.weight", "gate"),
-        ("block.0.attn.lmu.W_h.weight", "projection"),
-        ("block.1.mlp.fc2_conv.weight", "projection"),
-    ],
-)
-def test_roles(name: str, wanted: str) -> None:
-    assert role(FAMILY, TINY, name) == wanted

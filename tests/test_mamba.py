@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from pathlib import Path
 from typing import Any
@@ -211,24 +210,3 @@ def test_presets_have_the_published_parameter_counts(preset: str, millions: floa
         module = FAMILY.build(FAMILY.presets[preset])
     tied = module.lm_head.weight.numel()
     assert sum(p.numel() for p in module.parameters()) - tied == round(millions * 1e6)
-
-
-@pytest.mark.parametrize(
-    ("name", "role"),
-    [
-        ("backbone.embeddings.weight", "embedding"),
-        ("lm_head.weight", "head"),
-        ("backbone.norm_f.weight", "norm"),
-        ("backbone.layers.1.norm.weight", "norm"),
-        ("backbone.layers.1.mixer.in_proj.weight", "projection"),
-        ("backbone.layers.1.mixer.out_proj.weight", "projection"),
-        ("backbone.layers.1.mixer.x_proj.weight", "gate"),
-        ("backbone.layers.1.mixer.dt_proj.bias", "decay"),
-        ("backbone.layers.1.mixer.A_log", "decay"),
-        ("backbone.layers.1.mixer.conv1d.weight", "conv"),
-        ("backbone.layers.1.mixer.D", "other"),
-    ],
-)
-def test_roles(name: str, role: str) -> None:
-    assert name in FAMILY.build(TINY).state_dict()
-    assert next(r for pattern, r in FAMILY.roles if fnmatch.fnmatchcase(name, pattern)) == role

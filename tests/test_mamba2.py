@@ -21,7 +21,6 @@ from chunk_form import (
     operators,
     random_model,
     recognised_by,
-    role,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -210,22 +209,3 @@ def test_presets_have_the_published_parameter_counts(preset: str, millions: floa
         module = FAMILY.build(FAMILY.presets[preset])
     tied = module.lm_head.weight.numel()
     assert sum(p.numel() for p in module.parameters()) - tied == round(millions * 1e6)
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("backbone.embeddings.weight", "embedding"),
-        ("lm_head.weight", "head"),
-        ("backbone.norm_f.weight", "norm"),
-        ("backbone.layers.1.mixer.norm.weight", "norm"),
-        ("backbone.layers.1.mixer.in_proj.weight", "projection"),
-        ("backbone.layers.1.mixer.dt_proj.weight", "decay"),
-        ("backbone.layers.1.mixer.dt_bias", "decay"),
-        ("backbone.layers.1.mixer.A_log", "decay"),
-        ("backbone.layers.1.mixer.conv1d.weight", "conv"),
-        ("backbone.layers.1.mixer.D", "other"),
-    ],
-)
-def test_roles(name: str, wanted: str) -> None:
-    assert role(FAMILY, TINY, name) == wanted

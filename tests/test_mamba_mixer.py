@@ -18,12 +18,10 @@ from chunk_form import (
     new_state,
     operators,
     random_model,
-    role,
 )
 from tolerances import TOLERANCES
 from torch import Tensor
 
-from xexport.core.errors import InputError
 from xexport.core.registry import get_family
 from xexport.models.mamba_mixer import MambaMixerConfig
 
@@ -134,28 +132,3 @@ def test_export_is_three_scans_a_layer() -> None:
 def test_own_checkpoint_loads(tmp_path: Path) -> None:
     tensors = random_model(FAMILY, TINY).state_dict()
     check_own_file(FAMILY, TINY, tensors, tensors, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"), [({"conv_kernel": 1}, "too small"), ({"group": 5}, "multiple of the group")]
-)
-def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        dataclasses.replace(TINY, **changes)
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("embed.weight", "embedding"),
-        ("average.weight", "gate"),
-        ("average.norm.weight", "norm"),
-        ("layers.0.token_mixer.in_proj.weight", "projection"),
-        ("layers.1.channel_mixer.forth.x_proj.weight", "gate"),
-        ("layers.1.channel_mixer.back.A_log", "decay"),
-        ("layers.1.channel_mixer.back.conv1d.bias", "conv"),
-        ("layers.1.token_mixer.D", "other"),
-    ],
-)
-def test_roles(name: str, wanted: str) -> None:
-    assert role(FAMILY, TINY, name) == wanted

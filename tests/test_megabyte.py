@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import error, in_chunks, load_module, new_state, random_model, recognised_by, role
+from chunk_form import error, in_chunks, load_module, new_state, random_model, recognised_by
 from tolerances import TOLERANCES
 from torch import Tensor
 
@@ -167,21 +167,3 @@ def test_the_longest_stream(config: MegaByteConfig) -> None:
 def test_a_bad_configuration_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         replace(TINY, **change)
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("embed.weight", "embedding"),
-        ("patch_places.weight", "embedding"),
-        ("context_proj.weight", "projection"),
-        ("coarse.blocks.0.qkv_proj.weight", "projection"),
-        ("local.blocks.1.fc2.weight", "projection"),
-        ("local.blocks.1.fc2.bias", "norm"),
-        ("local.norm.weight", "norm"),
-        ("start", "other"),
-        ("turns", "other"),
-    ],
-)
-def test_roles(name: str, wanted: str) -> None:
-    assert role(FAMILY, TINY, name) == wanted

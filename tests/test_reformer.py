@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import TARGETS, check_gradients, check_init, check_whole_export, error, random_model, role
+from chunk_form import TARGETS, check_gradients, check_init, check_whole_export, error, random_model
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -189,28 +189,6 @@ def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
     less = {k: v for k, v in raw.tensors.items() if not k.startswith("lm_head")}
     with pytest.raises(CheckpointError, match="missing"):
         FAMILY.load(dataclasses.replace(raw, tensors=less))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"attention": ("lsh", "full")},
-        {"buckets": (3,)},
-        {"lsh_before": 3},
-        {"lsh_after": 1},
-        {"axial_widths": (12, 12)},
-        {"max_tokens": 200},
-        {"hashes": 0},
-    ],
-)
-def test_impossible_sizes_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(InputError):
-        dataclasses.replace(TINY, **change)
-
-
-def test_roles() -> None:
-    assert role(FAMILY, TINY, "reformer.encoder.layers.1.attention.self_attention.query_key.weight") == "gate"
-    assert role(FAMILY, TINY, "reformer.encoder.layers.1.attention.output.dense.weight") == "projection"
 
 
 @pytest.mark.parametrize("target", TARGETS)

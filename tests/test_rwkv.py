@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.util
 import json
 import os
@@ -191,27 +190,3 @@ def test_presets_have_the_published_parameter_counts(preset: str, millions: floa
     with torch.device("meta"):
         module = FAMILY.build(FAMILY.presets[preset])
     assert sum(p.numel() for p in module.parameters()) == round(millions * 1e6)
-
-
-@pytest.mark.parametrize(
-    ("name", "role"),
-    [
-        ("emb.weight", "embedding"),
-        ("head.weight", "head"),
-        ("blocks.0.ln0.bias", "norm"),
-        ("blocks.1.att.ln_x.weight", "norm"),
-        ("blocks.1.att.receptance.weight", "projection"),
-        ("blocks.1.ffn.value.weight", "projection"),
-        ("blocks.1.att.w0", "decay"),
-        ("blocks.1.att.w2", "decay"),
-        ("blocks.1.att.a1", "low_rank"),
-        ("blocks.1.att.v2", "low_rank"),
-        ("blocks.1.att.g2", "low_rank"),
-        ("blocks.1.att.v0", "gate"),
-        ("blocks.1.ffn.x_k", "gate"),
-        ("blocks.1.att.r_k", "gate"),
-    ],
-)
-def test_roles(name: str, role: str) -> None:
-    assert name in FAMILY.build(TINY).state_dict()
-    assert next(r for pattern, r in FAMILY.roles if fnmatch.fnmatchcase(name, pattern)) == role

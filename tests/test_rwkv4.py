@@ -19,7 +19,6 @@ from chunk_form import (
     new_state,
     operators,
     random_model,
-    role,
 )
 from reversal import need
 from rwkv_package import rwkv_package
@@ -166,21 +165,3 @@ def test_presets_have_the_published_parameter_counts(preset: str) -> None:
         module = FAMILY.build(c)
     D, L = c.width, c.layers
     assert sum(p.numel() for p in module.parameters()) == 2 * 50277 * D + 13 * D * D * L + D * (11 * L + 4)
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("emb.weight", "embedding"),
-        ("head.weight", "head"),
-        ("blocks.0.ln0.bias", "norm"),
-        ("ln_out.weight", "norm"),
-        ("blocks.1.att.receptance.weight", "projection"),
-        ("blocks.1.ffn.value.weight", "projection"),
-        ("blocks.1.att.time_decay", "decay"),
-        ("blocks.1.att.time_first", "gate"),
-        ("blocks.1.ffn.time_mix_r", "gate"),
-    ],
-)
-def test_roles(name: str, wanted: str) -> None:
-    assert role(FAMILY, TINY, name) == wanted

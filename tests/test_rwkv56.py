@@ -22,7 +22,6 @@ from chunk_form import (
     new_state,
     operators,
     random_model,
-    role,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,24 +178,3 @@ def test_presets_have_the_published_parameter_counts(name: str, preset: str, a_l
     D, L = c.width, c.layers
     want = 13 * D * D * L + a_layer * D * L + 4 * D + 2 * D * 65536
     assert sum(p.numel() for p in module.parameters()) == want
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "wanted"),
-    [
-        ("rwkv5", "emb.weight", "embedding"),
-        ("rwkv5", "head.weight", "head"),
-        ("rwkv5", "blocks.1.att.ln_x.weight", "norm"),
-        ("rwkv5", "blocks.1.att.gate.weight", "projection"),
-        ("rwkv5", "blocks.1.ffn.value.weight", "projection"),
-        ("rwkv5", "blocks.1.att.time_decay", "decay"),
-        ("rwkv5", "blocks.1.att.time_faaaa", "gate"),
-        ("rwkv5", "blocks.1.att.time_mix_g", "gate"),
-        ("rwkv6", "blocks.1.att.time_decay_w2", "decay"),
-        ("rwkv6", "blocks.1.att.time_maa_w2", "low_rank"),
-        ("rwkv6", "blocks.1.att.time_maa_w", "gate"),
-        ("rwkv6", "blocks.1.ffn.time_maa_r", "gate"),
-    ],
-)
-def test_roles(family: str, name: str, wanted: str) -> None:
-    assert role(FAMILIES[family], FAMILIES[family].presets["tiny"], name) == wanted

@@ -17,7 +17,6 @@ from chunk_form import (
     error,
     new_state,
     operators,
-    role,
     trained,
 )
 from safetensors.torch import save_file
@@ -25,7 +24,6 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from xexport.core.checkpoint import open_checkpoint
-from xexport.core.errors import InputError
 from xexport.core.registry import get_family
 from xexport.models.slab import SlabConfig, SlabTraining
 
@@ -166,26 +164,3 @@ def test_own_checkpoint_loads_and_says_if_norms_were_left(tmp_path: Path) -> Non
     module.steps.fill_(8)
     save_file(module.state_dict(), tmp_path / "done.safetensors", {**metadata, "xexport.family": "slab"})
     assert FAMILY.load(open_checkpoint(tmp_path / "done.safetensors")).notes == ()
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"), [({"taps": 1}, "too small"), ({"heads": 3}, "even multiple of its heads")]
-)
-def test_impossible_sizes_are_refused(changes: dict[str, Any], match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        dataclasses.replace(TINY, **changes)
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted"),
-    [
-        ("embed.weight", "embedding"),
-        ("head.bias", "head"),
-        ("turns", "other"),
-        ("layers.0.attention.qkv_proj.weight", "projection"),
-        ("layers.1.attention.conv_weight", "conv"),
-        ("layers.1.down_proj.weight", "projection"),
-    ],
-)
-def test_roles(name: str, wanted: str) -> None:
-    assert role(FAMILY, TINY, name) == wanted

@@ -25,14 +25,13 @@ from chunk_form import (
     new_state,
     operators,
     random_model,
-    role,
 )
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor, nn
 
 from xexport.core.checkpoint import open_checkpoint
-from xexport.core.errors import CheckpointError, InputError
+from xexport.core.errors import CheckpointError
 from xexport.core.registry import get_family
 from xexport.models.striped_hyena import StripedHyenaConfig
 
@@ -247,35 +246,6 @@ def test_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     tensors = {"embedding_layer.weight": torch.zeros(61, 24), "blocks.0.mlp.l1.weight": torch.zeros(40, 24)}
     with pytest.raises(CheckpointError, match="missing"):
         FAMILY.load(open_checkpoint(folder_of(tmp_path / "sh", row_of([1], False), tensors, "")))
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"heads": 5}, "no multiple"),
-        ({"attention": (3,)}, "none of the blocks"),
-        ({"state_size": 0}, "too small"),
-        ({"activation": "relu"}, "activation"),
-    ],
-)
-def test_impossible_sizes_are_refused(change: dict[str, Any], match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        dataclasses.replace(TINY, **change)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("blocks.0.filter.poles", "decay"),
-        ("blocks.0.filter.residues", "other"),
-        ("blocks.0.projections.weight", "projection"),
-        ("blocks.1.inner_mha_cls.Wqkv.weight", "projection"),
-        ("blocks.1.post_norm.scale", "norm"),
-        ("unembed.weight", "head"),
-    ],
-)
-def test_roles(name: str, expected: str) -> None:
-    assert role(FAMILY, TINY, name) == expected
 
 
 def test_published_size() -> None:
