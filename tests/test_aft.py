@@ -13,8 +13,6 @@ from chunk_form import (
     TARGETS,
     check_cuts,
     check_export,
-    check_init,
-    check_own_file,
     chunk_form,
     error,
     new_state,
@@ -159,12 +157,6 @@ def test_images_export(exporter: Any, tmp_path: Path, target: str) -> None:
         bundle.stream().feed(images[0, :7])
 
 
-def test_own_image_checkpoint_loads(tmp_path: Path) -> None:
-    module = trained(FAMILY, IMAGE, noise=0.3)
-    check_own_file(FAMILY, IMAGE, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)
-    check_init(FAMILY, IMAGE)
-
-
 @pytest.mark.oracle
 @pytest.mark.parametrize("kind", ["simple", "full", "local"])
 def test_parity_with_aft_pytorch(kind: str) -> None:
@@ -215,11 +207,6 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     module = trained(FAMILY, VARIANTS[name], noise=0.3).requires_grad_()
     module(torch.randint(0, 29, (2, 20))).log_softmax(-1)[..., 3].mean().backward()
     assert [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
-
-
-@each_variant
-def test_init_depends_on_the_seed_alone(name: str) -> None:
-    check_init(FAMILY, VARIANTS[name])
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-simple", "tiny-conv"])
@@ -280,8 +267,3 @@ def test_a_stream_ends_where_the_biases_do(exporter: Any) -> None:
     stream.feed(np.zeros(TINY.max_tokens, np.int64))
     with pytest.raises(LimitError):
         stream.feed([0])
-
-
-def test_own_checkpoint_loads(tmp_path: Path) -> None:
-    module = trained(FAMILY, TINY, noise=0.3)
-    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)

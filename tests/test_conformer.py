@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chunk_form import assert_same, check_init, chunk_form, error, in_chunks, new_state, random_state
+from chunk_form import assert_same, chunk_form, error, in_chunks, new_state, random_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -337,11 +337,6 @@ def test_training_form_learns(name: str) -> None:
     train(frames(2, 24)).log_softmax(-1)[..., 3].mean().backward()
     without = {n for n, p in train.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     assert without <= {n for n, _ in train.named_parameters() if n.endswith("k_proj.bias")}
-
-
-@each_variant
-def test_init_depends_on_the_seed_alone(name: str) -> None:
-    check_init(FAMILY, VARIANTS[name])
 
 
 def test_own_checkpoint_loads(tmp_path: Path) -> None:

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 from chunk_form import (
-    check_gradients,
-    check_init,
-    check_own_file,
     chunk_form,
     error,
     new_state,
@@ -121,11 +118,6 @@ def test_training_form_is_the_chunk_form_from_the_first_state() -> None:
     assert error(module(tokens), made(tokens, *new_state(made, 2))[0]) < TOLERANCES["model_fp32"]
 
 
-def test_every_parameter_gets_a_gradient_and_init_depends_on_the_seed_alone() -> None:
-    check_gradients(FAMILY, TINY)
-    check_init(FAMILY, TINY)
-
-
 def test_a_token_beyond_the_memory_has_no_effect() -> None:
     """Two layers of memory 9 reach 18 tokens back."""
     module = chunk_form(FAMILY, trained(FAMILY, TINY))
@@ -141,8 +133,3 @@ def test_a_token_beyond_the_memory_has_no_effect() -> None:
 
 def test_export_has_dynamic_axes_and_no_loop() -> None:
     assert not any("scan" in name or "while" in name for name in operators(FAMILY, TINY))
-
-
-def test_own_checkpoint_loads(tmp_path: Path) -> None:
-    module = trained(FAMILY, TINY)
-    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)

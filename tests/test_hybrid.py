@@ -15,7 +15,6 @@ from chunk_form import (
     check_cuts,
     check_export,
     check_gradients,
-    check_init,
     check_training_form,
     error,
     load_module,
@@ -69,10 +68,6 @@ def test_training_form_is_the_chunk_form_from_the_first_state(options: str) -> N
     config = replace(SHORT, **OPTIONS[options])
     check_training_form(FAMILY, config)
     check_gradients(FAMILY, config)
-
-
-def test_init_depends_on_the_seed_alone() -> None:
-    check_init(FAMILY, TINY)
 
 
 def test_export_keeps_one_operator_a_layer_and_dynamic_axes() -> None:

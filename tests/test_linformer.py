@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import check_init, check_whole_export, error, load_module, random_model, role
+from chunk_form import check_whole_export, error, load_module, random_model, role
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -90,7 +90,6 @@ def test_sharing_saves_projections() -> None:
 @each_sharing
 def test_training_form_and_initial_values(sharing: str) -> None:
     config = dataclasses.replace(TINY, sharing=sharing)
-    check_init(FAMILY, config)
     module, train = made(sharing), FAMILY.train_form(config)
     train.load_state_dict(module.state_dict())
     assert error(train(tokens(2)).detach(), module(tokens(2))[0]) < TOLERANCES["model_fp32"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chunk_form import check_init, check_own_file, chunk_form, error, new_state, operators
+from chunk_form import chunk_form, error, new_state, operators
 from tolerances import TOLERANCES
 from torch import Tensor
 
@@ -119,17 +119,5 @@ def test_training_form_is_the_chunk_form_from_the_first_state() -> None:
     assert error(module(tokens).detach(), want) < TOLERANCES["model_fp32"]
 
 
-def test_every_parameter_gets_a_gradient_and_init_depends_on_the_seed_alone() -> None:
-    module = trained()
-    module(torch.randint(0, 29, (2, 20))).log_softmax(-1)[..., 3].mean().backward()
-    assert [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
-    check_init(FAMILY, TINY)
-
-
 def test_export_has_dynamic_axes_and_no_loop() -> None:
     assert not any("scan" in name or "while" in name for name in operators(FAMILY, TINY))
-
-
-def test_own_checkpoint_loads(tmp_path: Path) -> None:
-    module = trained()
-    check_own_file(FAMILY, TINY, module.state_dict(), chunk_form(FAMILY, module).state_dict(), tmp_path)

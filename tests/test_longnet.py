@@ -17,9 +17,6 @@ from chunk_form import (
     assert_same,
     check_cuts,
     check_export,
-    check_gradients,
-    check_init,
-    check_training_form,
     draw_tokens,
     load_module,
     new_state,
@@ -60,16 +57,6 @@ def test_far_into_a_stream_it_is_the_same(position: int) -> None:
     module, x = random_model(FAMILY, TINY), draw_tokens(1, 40)
     late = [*(s + 1.0 for s in new_state(module, 1)[:-1]), torch.tensor([position])]
     assert_same([module(x, *late)[0]], [module(x, *new_state(module, 1))[0]], TOLERANCES["model_fp32"])
-
-
-@each_variant
-def test_training_form_is_the_same_function(name: str) -> None:
-    check_training_form(FAMILY, VARIANTS[name])
-
-
-def test_gradients_and_initial_values() -> None:
-    check_gradients(FAMILY, TINY)
-    check_init(FAMILY, TINY)
 
 
 def test_state_is_what_the_segments_need() -> None:

@@ -13,8 +13,6 @@ from chunk_form import (
     TARGETS,
     check_cuts,
     check_export,
-    check_gradients,
-    check_init,
     chunk_form,
     error,
     new_state,
@@ -58,11 +56,6 @@ def test_training_form_is_the_same_function(length: int) -> None:
     tokens = torch.randint(0, TINY.vocab_size, (2, length))
     want = module(tokens, *new_state(module, 2))[0]
     assert error(train(tokens).detach(), want) < TOLERANCES["model_fp32"]
-
-
-def test_gradients_and_initial_values() -> None:
-    check_gradients(FAMILY, TINY)
-    check_init(FAMILY, TINY)
 
 
 def dense(blocks: Any) -> Tensor:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chunk_form import (
-    check_gradients,
-    check_init,
-    check_own_file,
-    check_training_form,
     draw_tokens,
     error,
     new_state,
@@ -105,15 +100,6 @@ def test_formulas_of_the_papers(config: MambaMixerConfig) -> None:
     assert error(got, by_formulas(module, tokens[0])) < TOLERANCES["oracle_fp32"]
 
 
-def test_training_form_is_the_chunk_form_from_the_first_state() -> None:
-    check_training_form(FAMILY, TINY)
-
-
-def test_every_parameter_gets_a_gradient_and_init_depends_on_the_seed_alone() -> None:
-    check_gradients(FAMILY, TINY)
-    check_init(FAMILY, TINY)
-
-
 def test_channels_are_mixed_both_ways_and_tokens_are_not() -> None:
     mixer = random_model(FAMILY, TINY).layers[0].channel_mixer
     x = torch.randn(1, 3, 24)
@@ -127,8 +113,3 @@ def test_channels_are_mixed_both_ways_and_tokens_are_not() -> None:
 
 def test_export_is_three_scans_a_layer() -> None:
     assert operators(FAMILY, TINY).count("xexport.selective_scan.default") == 3 * TINY.layers
-
-
-def test_own_checkpoint_loads(tmp_path: Path) -> None:
-    tensors = random_model(FAMILY, TINY).state_dict()
-    check_own_file(FAMILY, TINY, tensors, tensors, tmp_path)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import check_gradients, check_init, check_own_file, check_training_form, random_model
 from safetensors.torch import save_file
 
 import xexport
@@ -20,35 +19,12 @@ VARIANTS = [(f, v) for f in TITLES for v in get_family(f).presets if v.startswit
 each_family = pytest.mark.parametrize("name", TITLES)
 
 
-@pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_training_form_is_the_chunk_form_from_the_first_state(name: str, variant: str) -> None:
-    family = get_family(name)
-    check_training_form(family, family.presets[variant])
-    check_gradients(family, family.presets[variant])
-
-
-@each_family
-def test_init_depends_on_the_seed_alone(name: str) -> None:
-    check_init(get_family(name), get_family(name).presets["tiny"])
-
-
 @each_family
 def test_a_bundle_refuses_what_is_longer(exporter: Any, name: str) -> None:
     bundle = xexport.load(exporter(name, "cpu-fp32"))
     assert bundle.manifest.model.max_tokens == 96
     with pytest.raises(LimitError):
         bundle.stream().feed([1] * 97)
-
-
-@each_family
-def test_loads_a_file_of_our_own_training(tmp_path: Path, name: str) -> None:
-    family = get_family(name)
-    config = family.presets["tiny"]
-    wanted = random_model(family, config).state_dict()
-    tensors = {k: v for k, v in wanted.items() if not k.endswith("turns")}
-    # the Block Transformer's own names are the authors', which it reads without metadata too
-    another = {"x": torch.zeros(1)} if name == "block_transformer" else None
-    check_own_file(family, config, tensors, wanted, tmp_path, another=another)
 
 
 @each_family

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_form import TARGETS, check_gradients, check_init, check_whole_export, error, random_model
+from chunk_form import TARGETS, check_whole_export, error, random_model
 from safetensors.torch import save_file
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -138,15 +138,6 @@ def test_sorting_is_by_bucket_and_position() -> None:
         assert o.tolist() == sorted(range(24), key=lambda t: (int(b[t]), t))
     straight = torch.einsum("bhtk,hkrn->bhrtn", qk, part.rotations)
     assert torch.equal(torch.cat((straight, -straight), -1).argmax(-1)[..., :19], buckets[..., :19])
-
-
-def test_training_form_is_the_same_function() -> None:
-    module, train = random_model(FAMILY, TINY), FAMILY.train_form(TINY)
-    train.load_state_dict(module.state_dict())
-    tokens = torch.randint(0, 29, (2, 37))
-    assert torch.equal(train(tokens).detach(), module(tokens)[0])
-    check_gradients(FAMILY, TINY)
-    check_init(FAMILY, TINY)
 
 
 def test_longer_than_the_positions_is_refused() -> None:

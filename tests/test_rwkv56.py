@@ -14,9 +14,6 @@ from chunk_form import (
     TARGETS,
     check_cuts,
     check_export,
-    check_gradients,
-    check_init,
-    check_training_form,
     error,
     load_module,
     new_state,
@@ -63,17 +60,6 @@ def test_any_cut_gives_the_same_logits_and_state(
     version: str, batch: int, lengths: list[int], seed: int
 ) -> None:
     check_cuts(random_model(*config_of(version), seed), batch, lengths)
-
-
-@each_version
-def test_training_form_is_the_chunk_form_from_the_zero_state(version: str) -> None:
-    check_training_form(*config_of(version))
-
-
-@each_version
-def test_every_parameter_gets_a_gradient_and_init_depends_on_the_seed_alone(version: str) -> None:
-    check_gradients(*config_of(version))
-    check_init(*config_of(version))
 
 
 @each_family

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from chunk_form import (
-    check_init,
     check_own_file,
     chunk_form,
     draw_tokens,
@@ -143,10 +142,6 @@ def test_every_parameter_gets_a_gradient_half_way() -> None:
     module(draw_tokens(2, 20)).log_softmax(-1)[..., 3].mean().backward()
     without = [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
-
-
-def test_init_depends_on_the_seed_alone() -> None:
-    check_init(FAMILY, TINY)
 
 
 def test_export_is_one_operator_a_layer_and_no_norm() -> None:

@@ -13,9 +13,6 @@ from chunk_form import (
     TARGETS,
     check_cuts,
     check_export,
-    check_gradients,
-    check_init,
-    check_training_form,
     error,
     new_state,
     random_model,
@@ -43,16 +40,6 @@ KINDS = {k: c for k, c in FAMILY.presets.items() if k.startswith("tiny")}
 )
 def test_chunk_law(kind: str, lengths: list[int], batch: int) -> None:
     check_cuts(random_model(FAMILY, KINDS[kind]), batch, lengths)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_forms_share_their_parameters(kind: str) -> None:
-    check_training_form(FAMILY, KINDS[kind])
-    check_gradients(FAMILY, KINDS[kind])
-
-
-def test_initial_values() -> None:
-    check_init(FAMILY, TINY)
 
 
 def theta(a: Tensor, kind: str) -> Tensor:
