@@ -193,23 +193,7 @@ class FusedRows {
   size_t first_rows_ = kNone;
 };
 
-struct NamedOperator : Operator<FusedRows> {
-  std::string name;
-
-  NamedOperator(Isa isa, int index) : Operator<FusedRows>(isa), name("fused_rows_" + std::to_string(index)) {
-    GetName = [](const ort::CustomOp* op) { return static_cast<const NamedOperator*>(op)->name.c_str(); };
-    GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::Arity::variadic; };
-    GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::Arity::variadic; };
-    InferOutputShapeFn = nullptr;
-  }
-};
-
-const bool registered = [] {
-  for (int i = 0; i < kNames; ++i) {
-    operators().push_back([i](Isa isa) -> ort::CustomOp* { return new NamedOperator(isa, i); });
-  }
-  return true;
-}();
+const RegisteredNumbered<FusedRows, kNames> registered;
 
 }  // namespace
 }  // namespace xexport

@@ -94,24 +94,7 @@ class LinearGroup {
   size_t inputs_ = 0;
 };
 
-struct NamedOperator : Operator<LinearGroup> {
-  std::string name;
-
-  NamedOperator(Isa isa, int index) : Operator<LinearGroup>(isa), name("linear_group_" + std::to_string(index)) {
-    GetName = [](const ort::CustomOp* op) { return static_cast<const NamedOperator*>(op)->name.c_str(); };
-    GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::Arity::variadic; };
-    GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::Arity::variadic; };
-    GetVariadicInputHomogeneity = [](const ort::CustomOp*) { return 0; };
-    InferOutputShapeFn = nullptr;
-  }
-};
-
-const bool registered = [] {
-  for (int i = 0; i < kNames; ++i) {
-    operators().push_back([i](Isa isa) -> ort::CustomOp* { return new NamedOperator(isa, i); });
-  }
-  return true;
-}();
+const RegisteredNumbered<LinearGroup, kNames> registered;
 
 }  // namespace
 }  // namespace xexport

@@ -7,10 +7,12 @@
 //   static void infer(ort::ShapeContext*);                shapes of the outputs
 //   Kernel(const Node&, Isa);                             reads attributes
 //   void compute(const Call&) const;                      thread-safe
-// and its file ends with `static const Registered<Kernel> registered;`.
+// and its file ends with `static const Registered<Kernel> registered;`, or, if a file's function bodies need the
+// operator under several names, with `static const RegisteredNumbered<Kernel, HOW MANY> registered;`.
 #pragma once
 
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "isa.h"
@@ -101,6 +103,34 @@ struct Registered {
     if (Kernel::kInPlace[0] < 0) return;
     std::string& names = in_place_operators();
     names += (names.empty() ? "" : ",") + std::string(Kernel::kName);
+  }
+};
+
+// One kernel under the name <kName>_<number>, with any number of inputs and outputs: a function's name is all that
+// ties a node to the body that a file carries for runtimes without this library. kInputs and kOutputs have one
+// element, for all; Element::undefined: the inputs may differ.
+template <class Kernel>
+struct Numbered : Operator<Kernel> {
+  std::string name;
+
+  Numbered(Isa isa, int number) : Operator<Kernel>(isa), name(Kernel::kName + ("_" + std::to_string(number))) {
+    using ort::CustomOp;
+    this->GetName = [](const CustomOp* op) { return static_cast<const Numbered*>(op)->name.c_str(); };
+    this->GetInputCharacteristic = [](const CustomOp*, size_t) { return ort::Arity::variadic; };
+    this->GetOutputCharacteristic = [](const CustomOp*, size_t) { return ort::Arity::variadic; };
+    this->GetVariadicInputHomogeneity = [](const CustomOp*) {
+      return Kernel::kInputs[0] == ort::Element::undefined ? 0 : 1;
+    };
+    this->InferOutputShapeFn = nullptr;
+  }
+};
+
+template <class Kernel, int kCount>
+struct RegisteredNumbered {
+  RegisteredNumbered() {
+    for (int i = 0; i < kCount; ++i) {
+      operators().push_back([i](Isa isa) -> ort::CustomOp* { return new Numbered<Kernel>(isa, i); });
+    }
   }
 };
 
