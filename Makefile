@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Modules are compiled when they are first imported, which is a few of them: --no-compile saves a minute.
 .PHONY: demo test lint types unit environments native sanitize arm64 clean
 
 demo: $(VENV)/.export
@@ -28,15 +29,15 @@ unit: $(VENV)/.test
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip
 
 $(VENV)/.export: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[export]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[export]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.export tests/oracles.txt
-	$(BIN)/python -m pip install --quiet --editable '.[export,test]'
-	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/oracles.txt
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[export,test]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --requirement tests/oracles.txt
 	@touch $@
 
 # Isolated environments for the runtimes whose packages conflict or are heavy; their tests skip without them.

@@ -21,6 +21,7 @@ __all__ = [
     "TargetError",
     "UnknownNameError",
     "XexportError",
+    "first_line",
     "unknown_name",
 ]
 
@@ -114,3 +115,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     fix = f"did you mean {' or '.join(near)}?" if near else f"choose one of: {', '.join(names)}"
     return UnknownNameError(f"unknown {kind} {name!r}", allowed=", ".join(names), fix=fix)
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first, for the ``got`` of one of ours."""
+    return str(error).strip().split("\n", 1)[0][:400]

@@ -20,7 +20,7 @@ from typing import Any
 
 import onnx
 
-from xexport.core.errors import ExportError
+from xexport.core.errors import ExportError, first_line
 from xexport.core.manifest import FileEntry, Refusal
 from xexport.exporter.writer import DATA_NAME, GRAPH_NAME, file_entry
 
@@ -88,7 +88,7 @@ def _write_ort(graph: Path, out: Path) -> None:
     except Exception as error:  # ORT's exception classes share no public base
         raise ExportError(
             "ONNX Runtime can't write the graph in its own format",
-            got=str(error).strip().split("\n", 1)[0][:400],
+            got=first_line(error),
             fix="export for a cpu-* or arm64-* target",
         ) from error
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftSubgraphInitializersToMainGraphPass
 
 from xexport.core.errors import ExportError
+from xexport.exporter.constants import initializer
 
 __all__ = ["unroll_scans"]
 
@@ -70,15 +71,7 @@ def _unroll(graph: ir.Graph, node: ir.Node, steps: int) -> None:
 
 def _axis(graph: ir.Graph) -> ir.Value:
     """The constant [0]."""
-    name = f"unroll/axis_{next(_UNIQUE)}"
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(ir.DataType.INT64),
-        shape=ir.Shape([1]),
-        const_value=ir.Tensor(np.zeros(1, np.int64), name=name),
-    )
-    graph.register_initializer(value)
-    return value
+    return initializer(graph, f"unroll/axis_{next(_UNIQUE)}", np.zeros(1, np.int64))
 
 
 def _split(

@@ -20,7 +20,18 @@ from xexport.models._chunk import RMSNorm, layer_states
 from xexport.ops.causal_conv1d.reference import causal_conv1d
 from xexport.ops.selective_scan.reference import selective_scan
 
-__all__ = ["MambaFrame", "SelectiveMixer", "first_value", "selective", "tied_head"]
+__all__ = ["MIXER_ROLES", "MambaFrame", "SelectiveMixer", "first_value", "selective", "tied_head"]
+
+#: of a selective mixer's parameters, and of what no pattern before knew
+MIXER_ROLES = (
+    ("*.in_proj.weight", "projection"),
+    ("*.out_proj.weight", "projection"),
+    ("*.x_proj.weight", "gate"),
+    ("*.dt_proj.*", "decay"),
+    ("*.A_log", "decay"),
+    ("*.conv1d.*", "conv"),
+    ("*", "other"),
+)
 
 
 class _Layer(nn.Module):

@@ -28,7 +28,7 @@ from xexport.core.checkpoint import RawCheckpoint, match_tensors, own_config
 from xexport.core.errors import CheckpointError
 from xexport.core.family import Family, LoadedModel
 from xexport.models._chunk import FromFirstState
-from xexport.models._mamba import MambaFrame, SelectiveMixer, first_value, tied_head
+from xexport.models._mamba import MIXER_ROLES, MambaFrame, SelectiveMixer, first_value, tied_head
 
 __all__ = ["FAMILY", "Mamba", "MambaConfig", "MambaTraining"]
 
@@ -182,13 +182,7 @@ FAMILY = Family(
         ("backbone.embeddings.*", "embedding"),
         ("lm_head.*", "head"),
         ("*norm*", "norm"),
-        ("*.in_proj.weight", "projection"),
-        ("*.out_proj.weight", "projection"),
-        ("*.x_proj.weight", "gate"),
-        ("*.dt_proj.*", "decay"),
-        ("*.A_log", "decay"),
-        ("*.conv1d.*", "conv"),
-        ("*", "other"),
+        *MIXER_ROLES,
     ),
     state_note="constant: D x N and (K-1) x D numbers a layer",
 )

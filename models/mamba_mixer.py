@@ -39,7 +39,7 @@ from xexport.core.errors import InputError
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
 from xexport.models._chunk import FromFirstState, RMSNorm, layer_states
-from xexport.models._mamba import SelectiveMixer, first_value, selective
+from xexport.models._mamba import MIXER_ROLES, SelectiveMixer, first_value, selective
 from xexport.models._own import load_own
 from xexport.models.mamba import MambaConfig
 
@@ -227,13 +227,7 @@ FAMILY = Family(
         ("head.*", "head"),
         ("*norm.*", "norm"),
         ("*average.weight", "gate"),
-        ("*.in_proj.weight", "projection"),
-        ("*.out_proj.weight", "projection"),
-        ("*.x_proj.weight", "gate"),
-        ("*.dt_proj.*", "decay"),
-        ("*.A_log", "decay"),
-        ("*.conv1d.*", "conv"),
-        ("*", "other"),
+        *MIXER_ROLES,
     ),
     state_note="constant: D x N and (K-1) x D numbers a layer; nothing for the channels",
 )

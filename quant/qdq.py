@@ -12,14 +12,15 @@ import numpy as np
 import onnx_ir as ir
 
 from xexport.core.manifest import Activation
-from xexport.quant.formats.dequantized import SUFFIX
+from xexport.exporter.constants import initializer
+from xexport.quant.formats.dequantize import QDQ_SUFFIX
 from xexport.quant.ranges import Histogram, Range, choose
 
 __all__ = ["insert", "places"]
 
 
 def places(model: ir.Model) -> list[ir.Value]:
-    """The values to calibrate: what enters and leaves a product with weights of formats/dequantized.py."""
+    """The values to calibrate: what enters and leaves a product with weights of formats/dequantize.py."""
     found: dict[ir.Value, None] = {}
     for node in model.graph:
         if _is_product(node):
@@ -56,14 +57,14 @@ def _is_product(node: ir.Node) -> bool:
     if node.op_type != "MatMul" or node.domain:
         return False
     weight = node.inputs[1].producer() if node.inputs[1] is not None else None
-    return weight is not None and (weight.name or "").endswith(SUFFIX)
+    return weight is not None and (weight.name or "").endswith(QDQ_SUFFIX)
 
 
 def _round(model: ir.Model, value: ir.Value, chosen: Range) -> None:
     graph, name = model.graph, value.name or ""
     kind = np.uint8 if chosen.bits == 8 else np.uint16
-    scale = _constant(graph, f"{name}/range.scale", np.array(chosen.scale, np.float32))
-    zero = _constant(graph, f"{name}/range.zero", np.array(chosen.zero, kind))
+    scale = initializer(graph, f"{name}/range.scale", np.array(chosen.scale, np.float32))
+    zero = initializer(graph, f"{name}/range.zero", np.array(chosen.zero, kind))
     users = list(value.uses())
     quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}/QuantizeLinear")
     codes = quantize.outputs[0]
@@ -85,12 +86,3 @@ def _round(model: ir.Model, value: ir.Value, chosen: Range) -> None:
         if output is value:  # the logits: the graph's output keeps its name
             value.name, rounded.name = f"{name}/exact", name
             graph.outputs[place] = rounded
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value

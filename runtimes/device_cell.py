@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xexport.core.errors import RuntimeFailure
+from xexport.core.errors import RuntimeFailure, first_line
 from xexport.core.manifest import KEEP_INPUT, Manifest
 from xexport.core.state import StateSpec, state_shape
 from xexport.runtimes.inputs import Inputs
@@ -64,7 +64,7 @@ class DeviceCell:
         except Exception as error:  # ORT's exception classes share no public base
             raise RuntimeFailure(
                 "ONNX Runtime failed to run the graph on the device",
-                got=str(error).strip().split("\n", 1)[0][:400],
+                got=first_line(error),
                 fix="feed shorter chunks if its memory ran out; --runtime cpu runs the bundle without it",
             ) from error
         logits, *state = binding.get_outputs()

@@ -224,7 +224,7 @@ def _read_stamp(folder: Path) -> dict[str, Any] | None:
 
 def _install_python(row: Environment) -> None:
     run([sys.executable, "-m", "venv", str(row.folder)])
-    run([str(row.folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *row.packages])
+    run([str(row.folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-compile", *row.packages])
 
 
 def _install_node(row: Environment) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xexport.core.errors import BundleError, RuntimeFailure
+from xexport.core.errors import BundleError, RuntimeFailure, first_line
 from xexport.core.manifest import KEEP_INPUT, Manifest, safe_path
 from xexport.runtimes import placement, qnn
 from xexport.runtimes.device_cell import DeviceCell, host_value
@@ -333,7 +333,7 @@ def failed(error: Exception) -> RuntimeFailure:
     """A failed run as an error of this project."""
     return RuntimeFailure(
         "ONNX Runtime failed to run the graph",
-        got=_first_line(error),
+        got=first_line(error),
         fix="feed shorter chunks if memory ran out; else run `xexport validate` on the bundle",
     )
 
@@ -352,7 +352,7 @@ def _session_options(manifest: Manifest, threads: int, native: NativeKernels) ->
         except Exception as error:  # ORT's exception classes share no public base
             raise RuntimeFailure(
                 "the library of native kernels can't be loaded",
-                got=f"{native.path}: {_first_line(error)}",
+                got=f"{native.path}: {first_line(error)}",
                 fix="reinstall xexport, or set XEXPORT_NATIVE=0 to run without it",
             ) from error
     return options
@@ -402,8 +402,4 @@ def _refused(error: Exception, graph: Path) -> RuntimeFailure:
         fix = "upgrade onnxruntime, or export for another target"
     elif "Protobuf parsing failed" in text or "external data" in text.lower():
         fix = "a file of the bundle is missing or damaged: copy the whole folder again"
-    return RuntimeFailure("ONNX Runtime refused the graph", got=f"{graph}: {_first_line(error)}", fix=fix)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:400]
+    return RuntimeFailure("ONNX Runtime refused the graph", got=f"{graph}: {first_line(error)}", fix=fix)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from xexport.core.errors import RuntimeFailure
-from xexport.sweep.machine import EXPORT, announcement
+from xexport.sweep.machine import EXPORT, announcement, unreachable
 
 __all__ = ["connect", "embedded", "local_workers", "worker_resources"]
 
@@ -45,12 +45,7 @@ def connect(scheduler: str | None, workers: int | None) -> Iterator[Any]:
     try:
         client = Client(scheduler, timeout=_PATIENCE, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
-        raise RuntimeFailure(
-            "the scheduler can't be reached",
-            got=f"{scheduler}: {str(error) or type(error).__name__}",
-            allowed="an address such as tcp://192.168.1.5:8786",
-            fix="start one with `dask scheduler`, and check the address and the firewall",
-        ) from error
+        raise unreachable(scheduler, error) from error
     with client:
         _require_workers(client, scheduler)
         yield client

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EXPORT", "PROFILE", "announcement", "host", "machine_label", "resource_of", "use"]
+from xexport.core.errors import RuntimeFailure
+
+__all__ = ["EXPORT", "PROFILE", "announcement", "host", "machine_label", "resource_of", "unreachable", "use"]
 
 #: resources of a Dask worker: it can export; it may time something
 EXPORT = "xexport-export"
@@ -82,3 +84,13 @@ def _lock_file(name: str) -> Path:
     """A file of this user: the folder may be everybody's."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     return Path(tempfile.gettempdir()) / f"xexport-sweep-{user}-{name}.lock"
+
+
+def unreachable(scheduler: str, error: Exception) -> RuntimeFailure:
+    """What to say if a Dask scheduler does not answer."""
+    return RuntimeFailure(
+        "the scheduler can't be reached",
+        got=f"{scheduler}: {str(error) or type(error).__name__}",
+        allowed="an address such as tcp://192.168.1.5:8786",
+        fix="start one with `dask scheduler`, and check the address and the firewall",
+    )

@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from xexport.core.errors import RuntimeFailure
 from xexport.core.extras import require
-from xexport.sweep.machine import announcement
+from xexport.sweep.machine import announcement, unreachable
 
 __all__ = ["offer", "serve"]
 
@@ -40,12 +39,7 @@ def serve(scheduler: str, resources: Mapping[str, float], *, name: str | None = 
     try:
         asyncio.run(_serve(scheduler, dict(resources), name))
     except (OSError, ValueError, TimeoutError) as error:
-        raise RuntimeFailure(
-            "the scheduler can't be reached",
-            got=f"{scheduler}: {str(error) or type(error).__name__}",
-            allowed="an address such as tcp://192.168.1.5:8786",
-            fix="start one with `dask scheduler`, and check the address and the firewall",
-        ) from error
+        raise unreachable(scheduler, error) from error
 
 
 async def _serve(scheduler: str, resources: dict[str, Any], name: str | None) -> None:

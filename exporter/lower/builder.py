@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from xexport.exporter.constants import initializer
+
 __all__ = ["Builder", "constant_of"]
 
 _UNIQUE = itertools.count()
@@ -42,12 +44,7 @@ class Builder:
     def constant(self, array: np.ndarray[Any, Any]) -> ir.Value:
         """A constant as an initializer of the graph."""
         name = f"{self._node.name}/constant_{next(_UNIQUE)}"
-        tensor = ir.Tensor(array, name=name)
-        value = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-        )
-        self._graph.register_initializer(value)
-        return value
+        return initializer(self._graph, name, array)
 
     def replace(self, *results: ir.Value) -> None:
         """Put what was made in the place of the node, whose results are ``results`` now."""

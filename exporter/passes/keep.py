@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from xexport.core.manifest import KEEP_INPUT as INPUT
 from xexport.core.manifest import Refusal
+from xexport.exporter.constants import initializer
 
 __all__ = ["KEPT", "rewrite"]
 
@@ -103,17 +104,13 @@ def _prune(region: list[ir.Node]) -> list[ir.Value]:
 
 def _insert(graph: ir.Graph, region: list[ir.Node], border: list[ir.Value]) -> None:
     """The input, and a slice of every value that enters the region."""
-    count = ir.Value(
-        name=INPUT,
-        type=ir.TensorType(ir.DataType.INT64),
-        shape=ir.Shape([1]),
-        const_value=ir.Tensor(np.zeros(1, np.int64), name=INPUT),
-    )
+    count = initializer(graph, INPUT, np.zeros(1, np.int64))
     graph.inputs.append(count)
-    graph.register_initializer(count)
     negated = ir.node("Neg", [count], name=f"{INPUT}/Neg")
     start = _named(negated, ir.Shape([1]), ir.DataType.INT64)
-    axis, end = (_constant(graph, f"{INPUT}/{n}", v) for n, v in (("axis", 1), ("end", _END)))
+    axis, end = (
+        initializer(graph, f"{INPUT}/{n}", np.array([v], np.int64)) for n, v in (("axis", 1), ("end", _END))
+    )
     graph.insert_before(graph[0], negated)
     inside = set(region)
     for index, value in enumerate(border):
@@ -136,13 +133,6 @@ def _named(node: ir.Node, shape: ir.Shape, dtype: ir.DataType | None) -> ir.Valu
     value.name, value.shape = node.name, shape
     value.type = None if dtype is None else ir.TensorType(dtype)
     return value
-
-
-def _constant(graph: ir.Graph, name: str, value: int) -> ir.Value:
-    tensor = ir.Tensor(np.array([value], np.int64), name=name)
-    made = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]), const_value=tensor)
-    graph.register_initializer(made)
-    return made
 
 
 def _kept_shape(value: ir.Value) -> ir.Shape:

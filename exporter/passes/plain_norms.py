@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from xexport.core.manifest import Refusal
+from xexport.exporter.constants import initializer
 
 __all__ = ["rewrite"]
 
@@ -57,9 +58,4 @@ def _replace(model: ir.Model, node: ir.Node) -> None:
 def _constant(model: ir.Model, node: ir.Node, what: str, array: np.ndarray) -> ir.Value:
     """A new initializer of that node."""
     name = f"{node.name}.{what}"
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-    )
-    model.graph.register_initializer(value)
-    return value
+    return initializer(model.graph, name, array)

@@ -10,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from xexport.exporter.constants import initializer
+
 __all__ = ["run"]
 
 
@@ -23,15 +25,7 @@ def run(model: ir.Model) -> int:
         if target is None:
             continue
         name = f"{node.name}.shape"
-        tensor = ir.Tensor(np.array(target, dtype=np.int64), name=name)
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(ir.DataType.INT64),
-            shape=ir.Shape([len(target)]),
-            const_value=tensor,
-        )
-        model.graph.register_initializer(value)
-        node.replace_input_with(1, value)
+        node.replace_input_with(1, initializer(model.graph, name, np.array(target, np.int64)))
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)  # torch writes 1: 0 must mean "copy"
         count += 1
     RemoveUnusedNodesPass()(model)

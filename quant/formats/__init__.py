@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from xexport.exporter.constants import initializer
 from xexport.quant.spool import Spool
 
 __all__ = ["Context", "Format", "Refusal", "Stored", "formats"]
@@ -23,15 +24,7 @@ class Context:
         """Register a new initializer; a tied weight has two of one name, and the second is the head's."""
         if name in self.model.graph.initializers:
             name = f"head.{name}"
-        tensor.name = name
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(tensor.shape.numpy()),
-            const_value=tensor,
-        )
-        self.model.graph.register_initializer(value)
-        return value
+        return initializer(self.model.graph, name, tensor)
 
 
 @dataclass(frozen=True)
@@ -59,12 +52,12 @@ Format = Callable[[Context, ir.Value], Stored | Refusal]
 
 def formats() -> dict[str, Format]:
     """Format name -> the function that applies it."""
-    from xexport.quant.formats import block, channel, dequantize, dequantized, half, half_product, rows
+    from xexport.quant.formats import block, channel, dequantize, half, half_product, rows
 
     return {
         "float16": half.apply,
         "float16-product": half_product.apply,
-        "int8-qdq": dequantized.apply,
+        "int8-qdq": dequantize.apply_qdq,
         "int8-rows": rows.apply,
         "int8-block": block.apply_int8,
         "int8-channel": channel.apply,
