@@ -1,6 +1,6 @@
-"""Hyena's prefill of a long prompt, cpu-fp32 bundle against PyTorch eager, in one run.
+"""Hyena's prefill of a long prompt, bundles against PyTorch eager, in one run.
 
-    python benchmarks/hyena_prefill.py [--quick] [--layers 12] [--threads 1 2] [--rounds 3] [--json F]
+    python benchmarks/hyena_prefill.py [--quick] [--layers 12] [--targets cpu-fp32 cpu-int8] [--threads 1 2]
 
 Random weights; bytes as vocabulary, so that the head costs next to nothing. PyTorch eager is three things:
 
@@ -9,13 +9,13 @@ Random weights; bytes as vocabulary, so that the head costs next to nothing. PyT
 - `chunk form`: the module that was exported, whose reference operators convolve in float64.
 
 `products` is the time of the layers' matrix products alone in ONNX Runtime. A bundle of the same float32
-weights doesn't get below it, so it bounds every ratio.
+weights doesn't get below it, so it bounds the ratios of cpu-fp32.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ import numpy as np
 from common import header, interleaved, median_ratio, options, save, table
 
 _PRODUCTS = "products"
-_BUNDLE = "bundle"
 
 
 def random_model(config: Any) -> Any:
@@ -110,7 +109,7 @@ def products(config: Any, tokens: int, threads: int) -> Callable[[], Any]:
 
 
 def measure(
-    chunk: Any, bundle: Path, threads: int, tokens: int, rounds: int, clock: str
+    chunk: Any, bundles: Mapping[str, Path], threads: int, tokens: int, rounds: int, clock: str
 ) -> list[dict[str, Any]]:
     """Rows of all candidates at one number of threads; they take turns."""
     import torch
@@ -137,13 +136,16 @@ def measure(
         return call
 
     calls = {
-        _BUNDLE: prefill(xexport.load(bundle, verify=False).stream(threads=threads)),
+        **{
+            target: prefill(xexport.load(path, verify=False).stream(threads=threads))
+            for target, path in bundles.items()
+        },
         **{name: eager(form) for name, form in training_forms(chunk).items()},
         "chunk form": prefill(TorchStream(chunk)),
         _PRODUCTS: products(chunk.config, tokens, threads),
     }
-    want, got = calls["filters kept"]().numpy(), calls[_BUNDLE]()
-    difference = float(np.abs(got - want).max() / np.abs(want).max())
+    want = calls["filters kept"]().numpy()
+    differences = {t: float(np.abs(calls[t]() - want).max() / np.abs(want).max()) for t in bundles}
     samples = interleaved(calls, rounds=rounds, warmup=0, clock=clock)
     return [
         {
@@ -151,8 +153,8 @@ def measure(
             "tokens": tokens,
             "candidate": name,
             "s": float(np.median(s)),
-            "bundle_is_faster": median_ratio(samples[_BUNDLE], s),
-            "difference": difference if name == "filters kept" else "",
+            **{f"{target}_is_faster": median_ratio(samples[target], s) for target in bundles},
+            "difference": differences.get(name, ""),
             "seconds": s,
         }
         for name, s in samples.items()
@@ -167,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--targets", nargs="+", default=["cpu-fp32", "cpu-int8"], help="bundles to measure")
     args = parser.parse_args(arguments)
     if args.quick:
         args.layers, args.width, args.ffn, args.tokens, args.threads = 1, 32, 64, 256, [1]
@@ -192,11 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         text = Path(folder) / "ids.txt"
         text.write_text(" ".join(str(i % 256) for i in range(300)), encoding="utf-8")
         sizes = Sizes(64, 64, chunk_tokens=24, steps=2, prefill=(16,), positions=(), timed=False)
-        out = Path(folder) / "bundle"
-        xexport.export(chunk, target="cpu-fp32", out=out, eval_text=text, sizes=sizes, name="hyena")
+        bundles = {target: Path(folder) / target for target in args.targets}
+        for target, out in bundles.items():
+            xexport.export(chunk, target=target, out=out, eval_text=text, sizes=sizes, name="hyena")
         for threads in args.threads:
-            rows += measure(chunk, out, threads, args.tokens, args.rounds, args.clock)
-    columns = ["candidate", "threads", "s", "bundle_is_faster", "difference"]
+            rows += measure(chunk, bundles, threads, args.tokens, args.rounds, args.clock)
+    columns = ["candidate", "threads", "s", *(f"{t}_is_faster" for t in bundles), "difference"]
     table(
         "seconds a prompt; how many times as fast the bundle is",
         columns,

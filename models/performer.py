@@ -312,7 +312,7 @@ FAMILY = Family(
         "tiny": PerformerConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48),
         "tiny-relu": PerformerConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48, kernel="relu"),
         "tiny-whole": PerformerConfig(vocab_size=29, width=32, layers=2, heads=2, ffn=48, causal=False),
-        "zoo": PerformerConfig(),
+        "zoo": PerformerConfig(kernel="relu"),  # the one that learned here; the paper's best for proteins too
         "zoo-whole": PerformerConfig(causal=False),
         # the paper's protein model: appendix A.3 of [1]
         "trembl": PerformerConfig(vocab_size=30, width=512, layers=36, heads=8, ffn=1024, features=256),
