@@ -224,7 +224,8 @@ def _read_stamp(folder: Path) -> dict[str, Any] | None:
 
 def _install_python(row: Environment) -> None:
     run([sys.executable, "-m", "venv", str(row.folder)])
-    run([str(row.folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-compile", *row.packages])
+    pip = [str(row.folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
+    run([*pip, *row.packages])
 
 
 def _install_node(row: Environment) -> None:
