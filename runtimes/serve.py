@@ -80,7 +80,8 @@ def make_server(
 
     Args:
         bundles: folders that ``xexport MODEL --target T`` wrote.
-        ort: the folder ``dist`` of the npm package onnxruntime-web.
+        ort: the folder ``dist`` of the npm package onnxruntime-web; @huggingface/tokenizers, which reads a
+            tokenizer.json, lies in the same node_modules.
         host: the address to listen on; other machines reach the loopback's not.
         port: 0 takes a free one.
 
@@ -96,6 +97,7 @@ def make_server(
     table: dict[str, Path | tuple[bytes, str]] = {}
     _add_page(table)
     _add_ort(table, ort)
+    _add_tokenizers(table, ort.resolve().parent.parent / "@huggingface" / "tokenizers" / "dist")
     rows = [_add_bundle(table, folder, index) for index, folder in enumerate(bundles)]
     table["/bundles.json"] = json.dumps(rows).encode(), _TYPES[".json"]
     try:
@@ -128,6 +130,13 @@ def _add_ort(table: dict[str, Path | tuple[bytes, str]], folder: Path) -> None:
         )
     for path in found:
         table[f"/ort/{path.name}"] = path
+
+
+def _add_tokenizers(table: dict[str, Path | tuple[bytes, str]], folder: Path) -> None:
+    """The reader of tokenizer.json; without it the page says so when it opens a bundle with one."""
+    path = folder / "tokenizers.min.mjs"
+    if path.is_file():
+        table[f"/tokenizers/{path.name}"] = path
 
 
 def _add_bundle(table: dict[str, Path | tuple[bytes, str]], folder: Path, index: int) -> dict[str, str | int]:

@@ -107,7 +107,7 @@ def make_toy_bundle(tmp_path: Path) -> ToyMaker:
         **changes: Any,
     ) -> Path:
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         graph = folder / "model.onnx"
         onnx.save(
             _toy_graph(vocab, seed),

@@ -24,12 +24,16 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
-    """What of onnxruntime-web is served, and a file that is not."""
-    folder = tmp_path / "dist"
-    folder.mkdir()
-    for name in ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.wasm", "ort.min.js.map"):
-        (folder / name).write_bytes(name.encode())
-    return folder
+    """What of the npm packages is served, and a file of each that is not."""
+    ort, tokenizers = (tmp_path / p / "dist" for p in ("onnxruntime-web", "@huggingface/tokenizers"))
+    for folder, names in (
+        (ort, ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.wasm", "ort.min.js.map")),
+        (tokenizers, ("tokenizers.min.mjs", "tokenizers.mjs")),
+    ):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_bytes(name.encode())
+    return ort
 
 
 @pytest.fixture
@@ -59,7 +63,13 @@ def test_the_page_is_isolated_and_loads_nothing_from_elsewhere(server: Server) -
     assert "default-src 'self'" in headers["content-security-policy"]
     assert b"http://" not in body
     assert b"https://" not in body
-    for path in ("/page/page.mjs", "/page/engine.mjs", "/xexport/xexport.mjs", "/ort/ort.wasm.min.mjs"):
+    for path in (
+        "/page/page.mjs",
+        "/page/engine.mjs",
+        "/xexport/xexport.mjs",
+        "/ort/ort.wasm.min.mjs",
+        "/tokenizers/tokenizers.min.mjs",
+    ):
         status, headers, _ = ask(server, path)
         assert (status, headers["content-type"]) == (200, "text/javascript; charset=utf-8"), path
     status, headers, _ = ask(server, "/ort/ort-wasm-simd-threaded.wasm")
@@ -86,6 +96,7 @@ def test_a_bundle_is_listed_and_served(server: Server, toy_bundle: Path) -> None
         "/page/../serve.py",
         "/xexport/package.json",
         "/ort/ort.min.js.map",
+        "/tokenizers/tokenizers.mjs",
         "/page/",
         "/%00",
     ],

@@ -6,13 +6,13 @@ import hashlib
 import importlib.util
 import json
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_json import ODD, moby_dick, write_tokenizer
 
 import xexport
 from xexport.core.errors import BundleError, InputError
@@ -20,22 +20,6 @@ from xexport.runtimes.huggingface import HuggingFaceTokenizer
 from xexport.runtimes.shipped import find_tokenizer
 from xexport.runtimes.tokenizers import Tokenizer, load_tokenizer
 from xexport.runtimes.world import WorldTokenizer, read_vocabulary
-
-ODD = (
-    "naïve café — “quotes” … \u00a0\u200b\u200d\ufeff",
-    "日本語のテキスト、中文，한국어",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 é (combining) \U0001f9d1\U0001f3fd",
-    "\x00\x01\x7f\t\r\n\r\n   \u2028",
-    "العربية עברית हिन्दी ไทย",
-    "\ufffd \ufffe \U0010ffff",
-    "def f(x):\n\treturn  x ** 2  # 12345678901234567890",
-    "",
-)
-
-
-def moby_dick(count: int = 60_000) -> str:
-    text = (files("xexport.evaluate") / "text" / "moby_dick.txt").read_text(encoding="utf-8")
-    return text[:count]
 
 
 @cache
@@ -63,29 +47,10 @@ def rwkv_own() -> Any:
     return module.TRIE_TOKENIZER(str(world_file()))
 
 
-@cache
-def hugging_face(tmp: Path) -> Path:
-    """A byte-level BPE as GPT-NeoX has it, trained on a little text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator([moby_dick(20_000)], trainer)
-    path = tmp / "tokenizer.json"
-    made.save(str(path))
-    return path
-
-
 @pytest.fixture(scope="session")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hugging_face(tmp_path_factory.mktemp("bpe"))
+    """A byte-level BPE of 400 tokens."""
+    return write_tokenizer(tmp_path_factory.mktemp("bpe"))
 
 
 # RWKV World

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from environment import need_environment
+from tokenizer_json import KINDS, ODD, moby_dick, write_tokenizer
 from tolerances import TOLERANCES
 
 import xexport
@@ -193,6 +195,12 @@ TEXTS = [
 ]
 
 
+def entry_of(path: Path) -> dict[str, Any]:
+    """A file's row in a manifest."""
+    content = path.read_bytes()
+    return {"path": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def vocabulary(folder: Path) -> Path:
     """Bytes that are no text, quotes, escapes and entries that overlap."""
     pieces: list[str | bytes] = [bytes((i,)) if i > 127 else chr(i) for i in range(256)]
@@ -226,22 +234,15 @@ def vocabulary(folder: Path) -> Path:
 @pytest.mark.parametrize("kind", ["bytes", "rwkv-world"])
 def test_tokenizers_are_pythons(kind: str, tmp_path: Path) -> None:
     """Ids of texts, and text of ids one at a time: characters that are cut, bytes that are no text."""
-    import hashlib
-
     path = vocabulary(tmp_path)
     row = {"kind": kind, "file": path.name}
     tokenizer = load_tokenizer(row, tmp_path)
     rng = np.random.default_rng(0)
     streams = [rng.integers(1, 256, 40).tolist(), tokenizer.encode(TEXTS[3])[:-1]]
-    entry = {
-        "path": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
     found = node(
         """
         const { loadTokenizer } = await part("tokenizers.mjs");
-        const tokenizer = await loadTokenizer(given[0], web.fromFolder(given[1]), true);
+        const tokenizer = await loadTokenizer(given[0], web.fromFolder(given[1]), { verify: true });
         const pieces = given[3].map((ids) => {
           const decoder = tokenizer.decoder();
           return [...ids.map((id) => decoder.push(id)), decoder.flush()];
@@ -250,7 +251,7 @@ def test_tokenizers_are_pythons(kind: str, tmp_path: Path) -> None:
         console.log(JSON.stringify({ ids: given[2].map((t) => tokenizer.encode(t)), pieces, lone,
                                      size: tokenizer.vocabSize, ends: [...tokenizer.endIds] }));
         """,
-        {"tokenizer": row, "files": [entry]},
+        {"tokenizer": row, "files": [entry_of(path)]},
         str(tmp_path),
         TEXTS,
         streams,
@@ -263,6 +264,72 @@ def test_tokenizers_are_pythons(kind: str, tmp_path: Path) -> None:
         decoder = tokenizer.decoder()
         assert "".join(pieces) == "".join([*(decoder.push(i) for i in ids), decoder.flush()])
         assert all(c < "\ud800" or c > "\udfff" for piece in pieces for c in piece)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_json_is_pythons(kind: str, tmp_path: Path) -> None:
+    """What the npm library makes of the file: ids of texts, and text of any ids one at a time."""
+    path = write_tokenizer(tmp_path, kind)
+    row = {"kind": "huggingface", "file": path.name, "end": [2]}
+    tokenizer = load_tokenizer(row, tmp_path)
+    texts = [*ODD, *TEXTS, moby_dick(3000)]
+    size = tokenizer.vocab_size or 0
+    rng = np.random.default_rng(0)
+    streams = [*rng.integers(0, size, (6, 40)).tolist(), *(tokenizer.encode(t) for t in ODD)]
+    found = node(
+        """
+        const { loadTokenizer } = await part("tokenizers.mjs");
+        const tokenizers = () => web.loadTokenizers(given[2]);
+        const options = { verify: true, tokenizers };
+        const tokenizer = await loadTokenizer(given[0], web.fromFolder(given[1]), options);
+        const pieces = given[4].map((ids) => {
+          const decoder = tokenizer.decoder();
+          return [...ids.map((id) => decoder.push(id)), decoder.flush()];
+        });
+        const lone = await told(async () => tokenizer.encode("\\ud800"));
+        console.log(JSON.stringify({ ids: given[3].map((t) => tokenizer.encode(t)), pieces, lone,
+                                     size: tokenizer.vocabSize, ends: [...tokenizer.endIds] }));
+        """,
+        {"tokenizer": row, "files": [entry_of(path)]},
+        str(tmp_path),
+        str(get_environment("web").folder),
+        texts,
+        streams,
+    )
+    assert (found["size"], found["ends"], found["lone"]["error"]) == (size, [2], "InputError")
+    for text, ids in zip(texts, found["ids"], strict=True):
+        assert ids == tokenizer.encode(text), repr(text[:40])
+    for ids, pieces in zip(streams, found["pieces"], strict=True):
+        decoder = tokenizer.decoder()
+        assert pieces == [*(decoder.push(i) for i in ids), decoder.flush()]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "what"),
+    [
+        ("no json", "BundleError", "the bundle's tokenizer.json can't be read"),
+        ("no model", "BundleError", "the bundle's tokenizer.json can't be read"),
+        ("no library", "RuntimeFailure", "@huggingface/tokenizers can't be loaded"),
+        ("not given", "InputError", "text can't be read here with a tokenizer of kind huggingface"),
+    ],
+)
+def test_a_tokenizer_that_can_not_be_read(fault: str, error: str, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{" if fault == "no json" else "{}", encoding="utf-8")
+    found = node(
+        """
+        const { loadTokenizer } = await part("tokenizers.mjs");
+        const tokenizers = given[3] === "not given" ? undefined : () => web.loadTokenizers(given[2]);
+        const load = () => loadTokenizer(given[0], web.fromFolder(given[1]), { verify: true, tokenizers });
+        const found = await told(async () => (await load()).encode("a"));
+        console.log(JSON.stringify(found));
+        """,
+        {"tokenizer": {"kind": "huggingface", "file": path.name}, "files": [entry_of(path)]},
+        str(tmp_path),
+        str(tmp_path if fault == "no library" else get_environment("web").folder),
+        fault,
+    )
+    assert found == {"error": error, "what": what}
 
 
 def test_the_world_vocabulary_is_pythons() -> None:

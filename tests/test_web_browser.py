@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from typing import Any
 import msgspec
 import pytest
 from environment import need, need_environment
+from tokenizer_json import write_tokenizer
 
 import xexport
-from xexport.core.manifest import MANIFEST_NAME, encode_manifest
+from xexport.core.manifest import MANIFEST_NAME, FileEntry, encode_manifest, read_manifest
 from xexport.runtimes.bundle import Bundle
 from xexport.runtimes.environments import get_environment
 from xexport.runtimes.opening import CPU
 from xexport.runtimes.serve import make_server
 
+ToyMaker = Callable[..., Path]
 PROMPT = [3, 4, 5, 11, 2]
 COUNT = 12
 _PATIENCE = 240_000  # milliseconds: a busy machine compiles 14 to 27 MB of WebAssembly first
@@ -93,20 +96,37 @@ def wait(page: Any, state: str) -> None:
     assert page.get_attribute("body", "data-state") == state, page.inner_text("#error")
 
 
-def generate(page: Any, count: int) -> list[int]:
+def generate(page: Any, count: int, prompt: str = "") -> list[int]:
     """Greedy ids after the prompt."""
-    page.fill("#prompt", " ".join(map(str, PROMPT)))
+    page.fill("#prompt", prompt or " ".join(map(str, PROMPT)))
     page.fill("#temperature", "0")
     page.fill("#max", str(count))
+    page.evaluate("document.body.dataset.state = ''")
     page.click("#go")
     wait(page, "done")
     return [int(word) for word in page.get_attribute("body", "data-ids").split()]
 
 
-def want(bundle: Bundle, count: int) -> list[int]:
-    generation = bundle.stream(runtime=CPU).generate(PROMPT, max_tokens=count, temperature=0)
+def want(bundle: Bundle, count: int, prompt: str | list[int] = PROMPT) -> list[int]:
+    generation = bundle.stream(runtime=CPU).generate(prompt, max_tokens=count, temperature=0)
     "".join(generation)
     return generation.ids
+
+
+def pick_folder(page: Any, folder: Path) -> None:
+    """As a person does: the button, then a folder of the disk."""
+    page.evaluate("document.body.dataset.state = ''")
+    with page.expect_file_chooser() as chosen:
+        page.click("#open-folder")
+    chosen.value.set_files(folder)
+
+
+def failure(page: Any) -> str:
+    """What the page says went wrong; nothing can be generated then."""
+    page.wait_for_selector("body[data-state=failed], body[data-state=ready]", state="attached")
+    assert page.get_attribute("body", "data-state") == "failed"
+    assert page.is_disabled("#go")
+    return str(page.inner_text("#error"))
 
 
 def test_webassembly(page: Any, bundle: Bundle, tmp_path: Path) -> None:
@@ -116,13 +136,24 @@ def test_webassembly(page: Any, bundle: Bundle, tmp_path: Path) -> None:
     assert page.inner_text("#made").split() == [str(i) for i in want(bundle, COUNT)]
     assert float(page.inner_text("#speed").replace(",", "")) > 0
     assert page.inner_text("#memory").endswith("MB")
+    assert page.is_hidden("#device")
     page.screenshot(path=tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 10_000
     # nothing lies below the window's edge, and nothing beside it
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_two_threads(page: Any, bundle: Bundle) -> None:
+    page.evaluate("document.body.dataset.state = ''")
+    page.select_option("#threads", "2")
+    wait(page, "ready")
+    assert "2 of" in page.inner_text("#facts")
+    assert generate(page, COUNT) == want(bundle, COUNT)
+    page.select_option("#threads", "0")
+
+
 def test_stop_and_errors_are_shown(page: Any) -> None:
+    wait(page, "ready")
     page.fill("#prompt", "no ids")
     page.click("#go")
     page.wait_for_selector("body[data-state=failed]", state="attached")
@@ -136,6 +167,80 @@ def test_stop_and_errors_are_shown(page: Any) -> None:
     assert 0 < len(page.get_attribute("body", "data-ids").split()) < 100_000
 
 
+def test_a_folder_is_opened(page: Any, make_toy_bundle: ToyMaker, tmp_path: Path) -> None:
+    """One of the disk, that no server lists, among other things; it reads text by a tokenizer.json."""
+    path = write_tokenizer(tmp_path)
+    entry = FileEntry(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+    folder = make_toy_bundle("kept/my bundle", vocab=400, tokenizer="huggingface")
+    path.rename(folder / path.name)
+    manifest = read_manifest(folder)
+    manifest = msgspec.structs.replace(
+        manifest,
+        tokenizer={"kind": "huggingface", "file": path.name},
+        files=(*manifest.files, entry),
+    )
+    (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    (folder.parent / "notes.txt").write_text("not of the bundle", encoding="utf-8")
+    (folder.parent / "model.onnx").write_text("of another model", encoding="utf-8")
+    prompt = "Ishmael, naïve 日本語 👩‍👩‍👧‍👦"
+    ids = want(Bundle(folder, manifest), COUNT, prompt)
+    text = Bundle(folder, manifest).tokenizer().decode(ids)
+    pick_folder(page, folder.parent)
+    wait(page, "ready")
+    assert page.inner_text("#bundle option:checked") == folder.parent.name
+    assert page.inner_text("#model").startswith("my bundle")
+    assert "exported for cpu-fp32, not for browsers" in page.inner_text("#note")
+    assert generate(page, COUNT, prompt) == ids
+    assert page.text_content("#made") == text
+    # the picked one stays in the list
+    page.evaluate("document.body.dataset.state = ''")
+    page.select_option("#bundle", index=0)
+    wait(page, "ready")
+    assert page.is_hidden("#note")
+    page.evaluate("document.body.dataset.state = ''")
+    page.select_option("#bundle", label=folder.parent.name)
+    wait(page, "ready")
+
+
+def test_a_folder_that_can_not_be_opened(page: Any, make_toy_bundle: ToyMaker, tmp_path: Path) -> None:
+    one, two = make_toy_bundle("one"), make_toy_bundle("two")
+    pick_folder(page, tmp_path)
+    assert "there are several bundles in this folder" in failure(page)
+    assert f"{tmp_path.name}/one" in failure(page)
+    (one / MANIFEST_NAME).unlink()
+    pick_folder(page, one)
+    assert f"this folder is no bundle: it has no {MANIFEST_NAME}" in failure(page)
+    assert "fix:     pick a folder that `xexport MODEL --target T` wrote" in failure(page)
+    data = two / "model.onnx.data"
+    content = data.read_bytes()
+    for fault, what in (
+        (content[:-1] + b"!", "the bundle's file model.onnx.data was changed"),
+        (content[:-1], "the bundle's file model.onnx.data has a wrong size"),
+        (content + b"!", "the bundle's file model.onnx.data is longer than the manifest says"),
+        (None, "the bundle lacks its file model.onnx.data"),
+    ):
+        data.unlink()
+        if fault is not None:
+            data.write_bytes(fault)
+        pick_folder(page, two)
+        assert what in failure(page)
+    data.write_bytes(content)
+    pick_folder(page, two)
+    wait(page, "ready")
+    assert page.is_hidden("#error")
+    assert page.is_enabled("#go")
+
+
+_COUNT_DOWNLOADS = """() => {
+  self.downloads = [];
+  const { mapAsync } = GPUBuffer.prototype;
+  GPUBuffer.prototype.mapAsync = function (mode, offset, size) {
+    if (mode & GPUMapMode.READ) self.downloads.push(size ?? this.size);
+    return mapAsync.apply(this, arguments);
+  };
+}"""
+
+
 def test_webgpu(page: Any, bundle: Bundle, gpu_bundle: Bundle) -> None:
     """On SwiftShader, slow and exact: the state stays in buffers of the device between the tokens."""
     if not page.evaluate("navigator.gpu ? navigator.gpu.requestAdapter().then(Boolean) : false"):
@@ -145,4 +250,30 @@ def test_webgpu(page: Any, bundle: Bundle, gpu_bundle: Bundle) -> None:
     wait(page, "ready")
     assert "WebGPU" in page.inner_text("#status"), "a bundle for WebGPU begins there"
     assert "webgpu-fp32" in page.inner_text("#facts")
+    assert page.is_visible("#device")
+    page.workers[-1].evaluate(_COUNT_DOWNLOADS)
     assert generate(page, COUNT) == want(bundle, COUNT)
+    # what comes back from the device, for the prompt and for each token: the logits of one position
+    logits = 4 * gpu_bundle.manifest.model.vocab_size
+    downloads = page.workers[-1].evaluate("self.downloads")
+    assert len(downloads) == 1 + COUNT
+    assert max(downloads) < logits + 16, "padded to 16 bytes"
+
+
+def test_a_browser_without_webgpu(page: Any, gpu_bundle: Bundle) -> None:
+    """The page says so, and goes on with WebAssembly when told to."""
+    hide = "Object.defineProperty(navigator, 'gpu', { value: undefined });"
+
+    def without(route: Any) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, body=answer.text() + hide)
+
+    page.route("**/page/engine.mjs", without)
+    page.evaluate("document.body.dataset.state = ''; document.querySelector('#bundle').selectedIndex = 0")
+    page.select_option("#bundle", label=gpu_bundle.path.name)
+    assert "WebGPU can't be used here" in failure(page)
+    assert "or WebAssembly" in failure(page)
+    page.evaluate("document.body.dataset.state = ''")
+    page.check("[name=provider][value=wasm]", force=True)
+    wait(page, "ready")
+    page.unroute("**/page/engine.mjs")

@@ -49,15 +49,28 @@ export function fromFolder(folder) {
  * @param {string} [folder] holds node_modules; by default Node looks where it always does
  * @throws {RuntimeFailure} it is not there
  */
-export async function loadOrt(folder) {
-  const name = "onnxruntime-web";
-  const file = folder && join(folder, "node_modules", name, "dist", "ort.node.min.mjs");
+export function loadOrt(folder) {
+  return load("onnxruntime-web", "ort.node.min.mjs", folder);
+}
+
+/**
+ * The module @huggingface/tokenizers, which reads a tokenizer.json.
+ *
+ * @param {string} [folder] holds node_modules
+ * @throws {RuntimeFailure} it is not there
+ */
+export function loadTokenizers(folder) {
+  return load("@huggingface/tokenizers", "tokenizers.min.mjs", folder);
+}
+
+async function load(name, script, folder) {
+  const file = folder && join(folder, "node_modules", name, "dist", script);
   try {
     return await import(file ? pathToFileURL(file).href : name);
   } catch (error) {
-    throw new RuntimeFailure("onnxruntime-web can't be loaded", {
+    throw new RuntimeFailure(`${name} can't be loaded`, {
       got: brief(error),
-      fix: folder ? "python -m xexport.runtimes.environments install web" : "npm install onnxruntime-web",
+      fix: folder ? "python -m xexport.runtimes.environments install web" : `npm install ${name}`,
     });
   }
 }

@@ -1,6 +1,7 @@
 // Text to token ids and back, as runtimes/tokenizers.py: the manifest names the kind. Nothing is evaluated.
 
-import { BundleError, InputError } from "./errors.mjs";
+import { BundleError, InputError, RuntimeFailure, brief } from "./errors.mjs";
+import { HuggingFaceTokenizer } from "./huggingface.mjs";
 import { readEntry } from "./manifest.mjs";
 import { WorldTokenizer, parseVocabulary } from "./world.mjs";
 
@@ -116,40 +117,73 @@ const KINDS = {
   bytes: async () => new BytesTokenizer(),
   dna: async () => new DnaTokenizer(),
   none: async () => new NoTokenizer(),
-  "rwkv-world": async (manifest, source, verify) => {
-    const name = manifest.tokenizer.file;
-    const entry = manifest.files.find((f) => f.path === name);
-    if (entry === undefined) throw new BundleError("the manifest doesn't list its tokenizer", { got: name });
-    const bytes = await readEntry(source, entry, { verify });
+  "rwkv-world": async (manifest, source, { verify }) => {
+    const bytes = await readFile(manifest, source, verify);
     return new WorldTokenizer(parseVocabulary(new TextDecoder().decode(bytes)), (id) => new ByteDecoder(id));
   },
+  huggingface: async (manifest, source, { verify, tokenizers }) => {
+    if (tokenizers === undefined) {
+      return new AbsentTokenizer("huggingface", "pass tokenizers: the module @huggingface/tokenizers");
+    }
+    const bytes = await readFile(manifest, source, verify);
+    return new HuggingFaceTokenizer(await loaded(tokenizers), bytes, manifest.tokenizer.end ?? []);
+  },
 };
+
+async function loaded(tokenizers) {
+  if (typeof tokenizers !== "function") return tokenizers;
+  try {
+    return await tokenizers();
+  } catch (error) {
+    if (error instanceof RuntimeFailure) throw error;
+    throw new RuntimeFailure("what reads a tokenizer.json, the npm package @huggingface/tokenizers, can't be loaded", {
+      got: brief(error),
+      fix: "python -m xexport.runtimes.environments install web",
+    });
+  }
+}
+
+/** The file of a tokenizer. */
+function readFile(manifest, source, verify) {
+  const name = manifest.tokenizer.file;
+  const entry = manifest.files.find((f) => f.path === name);
+  if (entry === undefined) throw new BundleError("the manifest doesn't list its tokenizer", { got: name });
+  return readEntry(source, entry, { verify });
+}
 
 /**
  * The tokenizer that a manifest names.
  *
+ * @param {import("./xexport.d.ts").Manifest} manifest
+ * @param {import("./xexport.d.ts").Source} source where its file is
+ * @param {{verify: boolean, tokenizers?: object | (() => Promise<object>)}} options what reads a tokenizer.json
  * @returns {Promise<import("./xexport.d.ts").Tokenizer>}
  * @throws {BundleError} its file is missing or damaged
- * @throws {InputError} a kind that this package does not know, when text is first given to it
+ * @throws {RuntimeFailure} what reads a tokenizer.json can't be loaded
  */
-export async function loadTokenizer(manifest, source, verify) {
+export async function loadTokenizer(manifest, source, options) {
   const kind = manifest.tokenizer?.kind ?? "none";
-  const make = KINDS[kind];
-  return make === undefined ? new UnknownTokenizer(kind) : make(manifest, source, verify);
+  if (!Object.hasOwn(KINDS, kind)) {
+    return new AbsentTokenizer(kind, "take the version of this package that belongs to the xexport that wrote the bundle");
+  }
+  return KINDS[kind](manifest, source, options);
 }
 
-/** A tokenizer of the Python side alone: the model still runs on ids. */
-class UnknownTokenizer extends NoTokenizer {
-  constructor(kind) {
+/** One that can't be had here: the model still runs on ids. */
+class AbsentTokenizer extends NoTokenizer {
+  #fix;
+
+  constructor(kind, fix) {
     super();
     this.kind = kind;
+    this.#fix = fix;
   }
 
   encode(text) {
-    throw new InputError(`this package can't read text with a tokenizer of kind ${this.kind}`, {
+    throw new InputError(`text can't be read here with a tokenizer of kind ${this.kind}`, {
       got: `text of ${text.length} characters`,
-      allowed: Object.keys(KINDS).join(", "),
-      fix: "encode the text with another library (a tokenizer.json: npm @huggingface/tokenizers) and pass the ids",
+      allowed: "an array of token ids",
+      fix: this.#fix,
     });
   }
 }

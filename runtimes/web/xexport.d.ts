@@ -10,12 +10,14 @@ export interface Source {
 
 /** A bundle below an address. */
 export function fromUrl(base: string | URL): Source;
-/** A bundle of files that a person picked. */
-export function fromFiles(files: Iterable<File>): Source;
+/** A bundle of files that a person picked, or the one bundle in a folder of them; with paths where they have none. */
+export function fromFiles(files: Iterable<File | [path: string, file: File]>): Source;
 /** A bundle in a folder (`xexport-web/node`). */
 export function fromFolder(folder: string): Source;
 /** The module onnxruntime-web, from `folder`/node_modules or where Node looks (`xexport-web/node`). */
 export function loadOrt(folder?: string): Promise<object>;
+/** The module @huggingface/tokenizers, likewise (`xexport-web/node`). */
+export function loadTokenizers(folder?: string): Promise<object>;
 
 /** Ids written as numbers between spaces or commas. */
 export function parseIds(text: string): number[];
@@ -52,7 +54,7 @@ export interface Manifest {
   graphs?: Record<string, string>;
   files: FileEntry[];
   state: StateTensor[];
-  tokenizer: { kind?: string; file?: string };
+  tokenizer: { kind?: string; file?: string; end?: number[] };
   model: {
     family: string;
     title: string;
@@ -75,7 +77,7 @@ export interface Decoder {
 
 export interface Tokenizer {
   readonly kind: string;
-  /** False where only ids can be given (no tokenizer, or one of the Python side alone). */
+  /** False where only ids can be given (no tokenizer, or one that nothing was handed over for). */
   readonly readsText: boolean;
   readonly vocabSize: number | null;
   readonly endIds: ReadonlySet<number>;
@@ -179,8 +181,10 @@ export interface Bundle {
 }
 
 export interface OpenOptions {
-  /** The module onnxruntime-web, or onnxruntime-web/webgpu. */
-  ort: object;
+  /** The module onnxruntime-web, or onnxruntime-web/webgpu; or what loads the one for the provider. */
+  ort: object | ((provider: Provider) => Promise<object>);
+  /** The module @huggingface/tokenizers, or what loads it; only for a bundle with a tokenizer.json. */
+  tokenizers?: object | (() => Promise<object>);
   /** The manifest's own by default. */
   provider?: Provider;
   /** Threads of WebAssembly; onnxruntime-web chooses by default. */

@@ -51,10 +51,11 @@ export class Bundle {
  * @throws {RuntimeFailure} onnxruntime-web can't run it here
  */
 export async function openBundle(source, options) {
-  const { ort, verify = true, onProgress } = options;
+  const { verify = true, tokenizers, onProgress } = options;
   const manifest = decodeManifest(await source.read(MANIFEST_NAME));
   // a bundle for another runtime's WebGPU ("WebGpuExecutionProvider") is one for this one's
   const provider = options.provider ?? (/webgpu/i.test(manifest.provider) ? "webgpu" : "wasm");
+  const ort = typeof options.ort === "function" ? await options.ort(provider) : options.ort;
   await checkProvider(provider);
   const graphs = graphsOf(manifest);
   const names = new Set(graphs.values());
@@ -64,7 +65,7 @@ export async function openBundle(source, options) {
   const onBytes = (count) => onProgress?.((done += count), total);
   const files = new Map();
   for (const entry of wanted) files.set(entry.path, await readEntry(source, entry, { verify, onBytes }));
-  const tokenizer = await loadTokenizer(manifest, source, verify);
+  const tokenizer = await loadTokenizer(manifest, source, { verify, tokenizers });
   const began = performance.now();
   const sessions = await openSessions(ort, manifest, graphs, files, { ...options, provider });
   const engine = new Engine(ort, manifest, provider, sessions);
@@ -89,7 +90,7 @@ async function checkProvider(provider) {
     throw new RuntimeFailure("WebGPU can't be used here", {
       got: gpu === undefined ? "no navigator.gpu" : "no adapter",
       allowed: "wasm",
-      fix: "use a browser with WebGPU on https:// or localhost, or the backend wasm",
+      fix: "use a browser with WebGPU on https:// or localhost, or WebAssembly (the backend wasm)",
     });
   }
 }

@@ -1,33 +1,30 @@
 // The page's Web Worker: opens a bundle and generates, so that the page stays responsive.
 
+import { memory } from "/page/memory.mjs";
 import { fromFiles, fromUrl, openBundle, parseIds } from "/xexport/xexport.mjs";
 
 const SCRIPTS = { wasm: "/ort/ort.wasm.min.mjs", webgpu: "/ort/ort.webgpu.min.mjs" };
 
 const SHOWN_MS = 40; // the page is told so often: it draws slower than a small model writes
 
-// onnxruntime-web makes its memory here, and has no call that says how large it has become
-let heap;
-WebAssembly.Memory = class extends WebAssembly.Memory {
-  constructor(descriptor) {
-    super(descriptor);
-    heap = this;
-  }
-};
-
 let bundle;
 let abort;
 const tell = (event, parts) => postMessage({ event, ...parts });
-const memory = () => heap?.buffer.byteLength ?? 0;
 
 async function open({ url, files, provider, threads }) {
-  const ort = await import(SCRIPTS[provider]);
-  ort.env.wasm.wasmPaths = new URL("/ort/", location.href).href;
+  const ort = async (chosen) => {
+    tell("backend", { provider: chosen });
+    const module = await import(SCRIPTS[chosen]);
+    module.env.wasm.wasmPaths = new URL("/ort/", location.href).href;
+    return module;
+  };
+  const tokenizers = () => import("/tokenizers/tokenizers.min.mjs");
   const onProgress = (done, total) => tell("progress", { done, total });
   const source = files ? fromFiles(files) : fromUrl(url);
-  bundle = await openBundle(source, { ort, provider, threads, onProgress });
-  const { name, manifest, loadMs, tokenizer } = bundle;
-  tell("opened", { name, manifest, loadMs, memory: memory(), readsText: tokenizer.readsText });
+  bundle = await openBundle(source, { ort, tokenizers, provider, threads, onProgress });
+  const { name, manifest, loadMs, tokenizer, engine } = bundle;
+  const used = engine.ort.env.wasm.numThreads ?? 1;
+  tell("opened", { name, manifest, loadMs, memory: memory(), readsText: tokenizer.readsText, threads: used });
 }
 
 async function generate({ prompt, options }) {

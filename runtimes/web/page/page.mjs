@@ -4,22 +4,26 @@ const $ = (id) => document.getElementById(id);
 const CHART = 240; // tokens that the chart shows
 
 let worker;
-let chosen; // {url} or {files}
+let bundles = []; // rows of {name, and url or files}; provider: the backend to begin with, if that is known already
+let chosen; // one of them
+let opened = false; // the worker has it
 let times = [];
 
-/** Begin anew with a bundle: another worker, so that all memory of the one before is given back. */
-function open(source) {
-  chosen = source;
+/** Begin anew with the chosen bundle: another worker, so that all memory of the one before is given back. */
+function open(provider) {
   worker?.terminate();
   worker = new Worker("/page/engine.mjs", { type: "module" });
   worker.onmessage = ({ data: { event, ...parts } }) => handlers[event](parts);
   worker.onerror = (event) => handlers.failed({ message: event.message || "the page's worker could not be started" });
   for (const id of ["speed", "prompt-speed", "memory", "opened"]) $(id).textContent = "–";
-  $("error").hidden = true;
+  for (const id of ["model", "facts"]) $(id).replaceChildren();
+  for (const id of ["error", "note"]) $(id).hidden = true;
+  opened = false;
   running(false);
-  $("go").disabled = true;
+  document.body.dataset.state = "opening";
   say("Loading the bundle");
-  worker.postMessage({ op: "open", ...source, provider: provider() });
+  const { url, files } = chosen;
+  worker.postMessage({ op: "open", url, files, provider, threads: Number($("threads").value) });
 }
 
 const handlers = {
@@ -28,13 +32,16 @@ const handlers = {
     $("progress").value = done / total;
     say(done < total ? `Loading ${bytes(done)} of ${bytes(total)}` : "Opening the graph");
   },
-  opened: ({ name, manifest, loadMs, memory, readsText }) => {
+  backend: ({ provider }) => choose(provider),
+  opened: ({ name, manifest, loadMs, memory, readsText, threads }) => {
+    opened = true;
     $("prompt").placeholder = readsText ? "" : "Token ids: numbers between spaces";
     if (!readsText && /[^0-9\s,]/.test($("prompt").value)) $("prompt").value = "";
-    $("go").disabled = false;
     $("opened").textContent = duration(loadMs);
-    $("memory").textContent = bytes(memory);
-    describe(name, manifest);
+    takes(memory);
+    describe(name, manifest, threads);
+    note(manifest);
+    running(false);
     document.body.dataset.state = "ready";
     say(`Ready on ${label()}`);
   },
@@ -85,14 +92,20 @@ function generate(event) {
 function running(yes) {
   document.body.classList.toggle("running", yes);
   if (yes) document.body.dataset.state = "running";
-  $("go").disabled = yes;
+  $("go").disabled = yes || !opened;
   $("stop").disabled = !yes;
 }
 
 function figures({ promptTokens, promptMs, newTokens, decodeMs }, memory) {
   $("speed").textContent = rate(newTokens, decodeMs);
   $("prompt-speed").textContent = rate(promptTokens, promptMs);
-  $("memory").textContent = bytes(memory);
+  takes(memory);
+}
+
+function takes({ heap, device }) {
+  $("memory").textContent = bytes(heap);
+  $("device").textContent = bytes(device);
+  $("device").parentElement.hidden = device === 0;
 }
 
 function chart(ms) {
@@ -107,7 +120,7 @@ function chart(ms) {
   $("chart-top").textContent = `peak ${top.toFixed(1)}`;
 }
 
-function describe(name, { model, target, precision, files, state, graphs, tokenizer }) {
+function describe(name, { model, target, precision, files, state, graphs, tokenizer }, threads) {
   $("model").textContent = `${name} · ${model.title}`;
   const weights = files.filter((f) => /\.onnx(\.data)?$/.test(f.path)).reduce((sum, f) => sum + f.bytes, 0);
   const item = { float32: 4, float16: 2, int64: 8, int32: 4 };
@@ -121,12 +134,27 @@ function describe(name, { model, target, precision, files, state, graphs, tokeni
     Tokenizer: tokenizer?.kind ?? "none",
     ...(model.max_tokens ? { Longest: `${model.max_tokens} tokens` } : {}),
     ...(graphs && Object.keys(graphs).length ? { Lengths: Object.keys(graphs).join(", ") } : {}),
-    Threads: globalThis.crossOriginIsolated ? "yes" : "no (not isolated)",
+    Threads: globalThis.crossOriginIsolated ? `${threads} of ${navigator.hardwareConcurrency}` : "1 (the page is not isolated)",
   };
   const cells = Object.entries(rows).flatMap(([key, value]) =>
     [["dt", key], ["dd", value]].map(([tag, text]) => Object.assign(document.createElement(tag), { textContent: text })),
   );
   $("facts").replaceChildren(...cells);
+}
+
+/** What the person should know of this bundle on this page. */
+function note({ target, runtime, provider: made, model }) {
+  const notes = [];
+  if (model.form === "whole" || (model.input && model.input.kind !== "tokens")) {
+    opened = false; // nothing that could be typed here
+    const reads = model.form === "whole" ? "whole sequences at once" : "features, not text";
+    notes.push(`This model reads ${reads}: it is open, but there is no text for it to go on with.`);
+  }
+  if (runtime !== "onnxruntime-web" && !/webgpu/i.test(made)) {
+    notes.push(`This bundle was exported for ${target}, not for browsers, so it may be slow or large here; web-int8 and web-fp32 are the targets for them.`);
+  }
+  $("note").textContent = notes.join(" ");
+  $("note").hidden = notes.length === 0;
 }
 
 const say = (text) => ($("status").textContent = text);
@@ -140,32 +168,44 @@ function choose(value) {
   document.querySelector(`[name=provider][value=${value}]`).checked = true;
 }
 
-async function start() {
-  const rows = await (await fetch("/bundles.json")).json();
-  $("bundle").replaceChildren(...rows.map(({ name, url }) => new Option(name, url)));
-  $("bundle").onchange = () => {
-    const row = rows.find(({ url }) => url === $("bundle").value);
-    if (row) pick(row);
-  };
-  const pick = (row) => {
-    choose(row.provider);
-    open({ url: row.url });
-  };
-  pick(rows[0]);
+/** Open a row of the list of bundles. */
+function pick(row) {
+  chosen = row;
+  if (row.provider) choose(row.provider);
+  open(row.provider);
 }
 
+/** The list of bundles anew, with that row shown. */
+function list(shown) {
+  $("bundle").replaceChildren(...bundles.map((row, i) => new Option(row.name, i, false, row === shown)));
+}
+
+/** A folder that a person picked takes the place of the one picked before. */
+function pickFolder(files) {
+  const rows = files.map((file) => [file.webkitRelativePath || file.name, file]); // a worker is not told the paths
+  const row = { name: rows[0][0].split("/")[0], files: rows };
+  bundles = [...bundles.filter((other) => !other.files), row];
+  list(row);
+  pick(row);
+}
+
+async function start() {
+  bundles = await (await fetch("/bundles.json")).json();
+  list(bundles[0]);
+  pick(bundles[0]);
+}
+
+for (let count = 1; count <= Math.min(navigator.hardwareConcurrency, 16); count *= 2) $("threads").add(new Option(count));
 $("form").onsubmit = generate;
 $("stop").onclick = () => worker.postMessage({ op: "stop" });
-$("backend").onchange = () => chosen && open(chosen);
+$("bundle").onchange = () => pick(bundles[$("bundle").value]);
+for (const id of ["backend", "threads"]) $(id).onchange = () => chosen && open(provider());
+$("open-folder").onclick = () => $("folder").click();
 $("folder").onchange = ({ target }) => {
-  if (!target.files.length) return;
-  const name = target.files[0].webkitRelativePath.split("/")[0] || "picked files";
-  const old = $("bundle").querySelector("[data-picked]");
-  old?.remove();
-  const option = new Option(name, "", true, true);
-  option.dataset.picked = "";
-  $("bundle").add(option);
-  open({ files: Array.from(target.files) });
+  const files = Array.from(target.files);
+  target.value = ""; // so that the same folder can be picked again
+  if (files.length > 0) pickFolder(files);
+  else handlers.failed({ message: "this folder is empty" });
 };
 $("prompt").onkeydown = (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate(event);
