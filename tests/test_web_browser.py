@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from environment import need, need_environment
 from tokenizer_json import write_tokenizer
 
 import xexport
-from xexport.core.manifest import MANIFEST_NAME, FileEntry, encode_manifest, read_manifest
+from xexport.core.manifest import MANIFEST_NAME, FileEntry, StateTensor, encode_manifest, read_manifest
 from xexport.runtimes.bundle import Bundle
 from xexport.runtimes.environments import get_environment
 from xexport.runtimes.opening import CPU
@@ -119,6 +120,11 @@ def pick_folder(page: Any, folder: Path) -> None:
     with page.expect_file_chooser() as chosen:
         page.click("#open-folder")
     chosen.value.set_files(folder)
+
+
+def need_adapter(page: Any) -> None:
+    if not page.evaluate("navigator.gpu ? navigator.gpu.requestAdapter().then(Boolean) : false"):
+        need("web", "this Chromium has no WebGPU adapter, not even SwiftShader")
 
 
 def failure(page: Any) -> str:
@@ -231,6 +237,18 @@ def test_a_folder_that_can_not_be_opened(page: Any, make_toy_bundle: ToyMaker, t
     assert page.is_enabled("#go")
 
 
+def test_webgpu(page: Any, bundle: Bundle, gpu_bundle: Bundle) -> None:
+    """On SwiftShader, slow and exact."""
+    need_adapter(page)
+    page.evaluate("document.body.dataset.state = ''")
+    page.select_option("#bundle", label=gpu_bundle.path.name)
+    wait(page, "ready")
+    assert "WebGPU" in page.inner_text("#status"), "a bundle for WebGPU begins there"
+    assert "webgpu-fp32" in page.inner_text("#facts")
+    assert page.is_visible("#device")
+    assert generate(page, COUNT) == want(bundle, COUNT)
+
+
 _COUNT_DOWNLOADS = """() => {
   self.downloads = [];
   const { mapAsync } = GPUBuffer.prototype;
@@ -241,23 +259,64 @@ _COUNT_DOWNLOADS = """() => {
 }"""
 
 
-def test_webgpu(page: Any, bundle: Bundle, gpu_bundle: Bundle) -> None:
-    """On SwiftShader, slow and exact: the state stays in buffers of the device between the tokens."""
-    if not page.evaluate("navigator.gpu ? navigator.gpu.requestAdapter().then(Boolean) : false"):
-        need("web", "this Chromium has no WebGPU adapter, not even SwiftShader")
-    page.evaluate("document.body.dataset.state = ''")
-    page.select_option("#bundle", label=gpu_bundle.path.name)
+def test_the_state_stays_on_the_device(page: Any, make_toy_bundle: ToyMaker) -> None:
+    """A graph that WebGPU computes wholly gives back nothing but logits, of the prompt and of each token."""
+    need_adapter(page)
+    bundle = on_device(make_toy_bundle("on-device", vocab=64, tokenizer="none"))
+    pick_folder(page, bundle.path)
     wait(page, "ready")
-    assert "WebGPU" in page.inner_text("#status"), "a bundle for WebGPU begins there"
-    assert "webgpu-fp32" in page.inner_text("#facts")
-    assert page.is_visible("#device")
+    assert "WebGPU" in page.inner_text("#status")
     page.workers[-1].evaluate(_COUNT_DOWNLOADS)
     assert generate(page, COUNT) == want(bundle, COUNT)
-    # what comes back from the device, for the prompt and for each token: the logits of one position
-    logits = 4 * gpu_bundle.manifest.model.vocab_size
-    downloads = page.workers[-1].evaluate("self.downloads")
-    assert len(downloads) == 1 + COUNT
-    assert max(downloads) < logits + 16, "padded to 16 bytes"
+    logits = 4 * 64  # bytes of a position's; this graph computes those of every position
+    assert page.workers[-1].evaluate("self.downloads") == [len(PROMPT) * logits] + [logits] * COUNT
+
+
+def on_device(folder: Path) -> Bundle:
+    """The toy's place taken by h = h / 2 + sum of x; logits of x + h: nothing without a WebGPU kernel."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    rng = np.random.default_rng(0)
+    constants = {
+        "embed": rng.normal(size=(64, 32)).astype(np.float32),
+        "head": rng.normal(size=(32, 64)).astype(np.float32),
+        "half": np.array([0.5], np.float32),
+        "one": np.array([1], np.int64),
+    }
+    node, info = helper.make_node, helper.make_tensor_value_info
+    nodes = [
+        node("Gather", ["embed", "tokens"], ["x"]),
+        node("ReduceSum", ["x", "one"], ["sum"], keepdims=1),
+        node("Mul", ["h", "half"], ["less"]),
+        node("Add", ["less", "sum"], ["h.next"]),
+        node("Add", ["x", "h.next"], ["both"]),
+        node("Tanh", ["both"], ["seen"]),
+        node("MatMul", ["seen", "head"], ["logits"]),
+    ]
+    state = ["B", 1, 32]
+    graph = helper.make_graph(
+        nodes,
+        "on-device",
+        [
+            info("tokens", TensorProto.INT64, ["B", "T"]),
+            info("h", TensorProto.FLOAT, state),
+        ],
+        [
+            info("logits", TensorProto.FLOAT, ["B", "T", 64]),
+            info("h.next", TensorProto.FLOAT, state),
+        ],
+        [numpy_helper.from_array(a, n) for n, a in constants.items()],
+    )
+    path = folder / "model.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+    manifest = msgspec.structs.replace(
+        read_manifest(folder),
+        provider="WebGpuExecutionProvider",
+        files=(FileEntry(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size),),
+        state=(StateTensor("h", "h.next", "float32", ("B", 1, 32), 0.0),),
+    )
+    (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
+    return Bundle(folder, manifest)
 
 
 def test_a_browser_without_webgpu(page: Any, gpu_bundle: Bundle) -> None:
