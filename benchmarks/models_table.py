@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "models" / "_table.json"
 _BYTES = {"float32": 4, "float16": 2, "int64": 8}
 #: every model has these where a target asks for them: they say nothing of the model
-_COMMON = ("xexport::linear", "xexport::linear_int8", "xexport::linear_int4x8")
+_COMMON = ("xexport::linear", "xexport::linear_int8", "xexport::linear_int6x8", "xexport::linear_int4x8")
 _FUSED = ("xexport::fused_rows", "xexport::linear_group")
 _SIZES = Sizes(256, 256, chunk_tokens=24, steps=10, prefill=(16,), positions=(), timed=False)
 

@@ -30,7 +30,9 @@ Arrays = dict[str, np.ndarray]
 Row = dict[str, Any]
 #: [N,K] of RWKV-7 12x768: attention, feed-forward network, both directions of a low-rank adapter.
 _SHAPES = ((768, 768), (3072, 768), (768, 3072), (64, 768), (768, 64))
-_FORMATS = ("fp32", "fp16", "int8", "int4")
+_FORMATS = ("fp32", "fp16", "int8", "int6", "int4")
+#: 32-bit words of a block of the interleaved formats
+_WORDS = {"int6": 6, "int4": 4}
 
 
 def weights(form: str, n: int, k: int, rng: np.random.Generator) -> tuple[str, Arrays, dict[str, int]]:
@@ -46,9 +48,9 @@ def weights(form: str, n: int, k: int, rng: np.random.Generator) -> tuple[str, A
         codes = rng.integers(0, 256, (n, k // block, block), dtype=np.uint8)
         scales = rng.uniform(0.001, 0.01, (n, k // block)).astype(np.float32)
         return "linear_int8", {"weight": codes, "scales": scales}, {"K": k, "N": n, "block_size": block}
-    codes = rng.integers(0, 256, (n // 8, k // 32, 4, 8, 4), dtype=np.uint8)
+    codes = rng.integers(0, 256, (n // 8, k // 32, _WORDS[form], 8, 4), dtype=np.uint8)
     scales = rng.uniform(0.001, 0.01, (n // 8, k // 32, 8)).astype("f2")
-    return "linear_int4x8", {"weight": codes, "scales": scales}, {"K": k, "N": n}
+    return f"linear_{form}x8", {"weight": codes, "scales": scales}, {"K": k, "N": n}
 
 
 def graph(form: str, n: int, k: int, tokens: int, total: int) -> tuple[bytes, int, int]:

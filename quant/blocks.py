@@ -15,8 +15,8 @@ import numpy as np
 __all__ = ["Blocks", "block_size_for", "quantize_blocks", "quantize_rows", "relative_error"]
 
 Array = np.ndarray[Any, Any]
-#: fractions of the largest absolute value that are tried as the range
-_SHRINK = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
+#: fractions of the largest absolute value that are tried as the range; 31/32 puts it at the code -32
+_SHRINK = {8: (1.0,), 6: (1.0, 31 / 32), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
 
 #: blocks of smaller values are stored as zeros: their step would be a subnormal number, or zero
 _SMALLEST = 1e-30

@@ -23,6 +23,7 @@ FORMATS = (
     "int8-channel",
     "int8-dequantize",
     "int8-qdq",
+    "int6-block",
     "int4-block",
 )
 

@@ -91,7 +91,7 @@ def test_long_stream_reads_memory_and_times_both_places(tmp_path: Path) -> None:
 def test_products_measure_every_format_at_one_token_and_at_many(tmp_path: Path) -> None:
     rows = run("products", tmp_path)["rows"]
     assert {(r["format"], r["tokens"]) for r in rows} == {
-        (f, t) for f in ("fp32", "fp16", "int8", "int4") for t in (1, 16)
+        (f, t) for f in ("fp32", "fp16", "int8", "int6", "int4") for t in (1, 16)
     }
     assert all(r["body_gb_per_s"] > 0 and len(r["samples"]["body"]) == 2 for r in rows)
     assert all(r["weight_bytes"] >= 1 << 20 for r in rows if r["tokens"] == 1)

@@ -194,7 +194,10 @@ def test_parameters_keep_their_names_and_lie_in_one_file_beside_the_graph(
     folder = exporter(family, target)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     stored = {t.name for t in model.graph.initializer}
-    plain = {n.rsplit(".", 1)[0] if n.endswith((".int8", ".int4", ".fp16", ".scale")) else n for n in stored}
+    plain = {
+        n.rsplit(".", 1)[0] if n.endswith((".int8", ".int6", ".int4", ".fp16", ".scale")) else n
+        for n in stored
+    }
     wanted = set(tiny(family).state_dict())
     assert wanted <= plain | stored
     external = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]

@@ -26,13 +26,16 @@ from xexport.exporter.passes.products import rewrite
 from xexport.ops.linear.reference import linear
 from xexport.ops.linear_int4x8.layout import interleaved_codes, interleaved_scales
 from xexport.ops.linear_int4x8.reference import dequantized, linear_int4x8
+from xexport.ops.linear_int6x8 import reference as six
+from xexport.ops.linear_int6x8.layout import interleaved_six
+from xexport.ops.linear_int6x8.reference import linear_int6x8
 from xexport.ops.linear_int8.reference import linear_int8
 from xexport.quant.apply import quantize
 from xexport.quant.blocks import quantize_blocks
 from xexport.quant.scheme import get_scheme
 
 Array = np.ndarray[Any, Any]
-KINDS = ("float32", "float16", "int8-32", "int8-64", "int8-128", "int4")
+KINDS = ("float32", "float16", "int8-32", "int8-64", "int8-128", "int6", "int4")
 _TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
 
 
@@ -47,24 +50,23 @@ class Case:
         if kind.startswith("float"):
             self.op, self.tensors = "linear", [w.astype(kind)]
             return
-        bits, size = (8, int(kind[5:])) if kind.startswith("int8") else (4, 32)
-        blocks = quantize_blocks(w, bits, size, half_scales=bits == 4)
-        self.op = "linear_int8" if bits == 8 else "linear_int4x8"
+        bits, size = (8, int(kind[5:])) if kind.startswith("int8") else (int(kind[3:]), 32)
+        blocks = quantize_blocks(w, bits, size, half_scales=bits < 8)
+        self.op = "linear_int8" if bits == 8 else f"linear_int{bits}x8"
         self.attributes = {"K": K, "N": N}
         if bits == 8:
             self.attributes["block_size"] = size
             self.tensors = [blocks.codes, blocks.scales]
-        else:
-            packed = blocks.codes[..., 0::2] | (blocks.codes[..., 1::2] << 4)
-            self.tensors = [
-                interleaved_codes(packed),
-                interleaved_scales(blocks.scales.astype(np.float16)),
-            ]
+            return
+        packed = blocks.codes[..., 0::2] | (blocks.codes[..., 1::2] << 4)
+        codes = interleaved_codes(packed) if bits == 4 else interleaved_six(blocks.codes)
+        self.tensors = [codes, interleaved_scales(blocks.scales.astype(np.float16))]
 
     def reference(self, x: Array) -> Array:
         function: Any = {
             "linear": linear,
             "linear_int8": linear_int8,
+            "linear_int6x8": linear_int6x8,
             "linear_int4x8": linear_int4x8,
         }[self.op]
         y: Array = function(
@@ -134,7 +136,7 @@ def error(got: Array, want: Array) -> float:
 
 def tolerance(kind: str, count: int = 32) -> float:
     """Of the RMS; that of a few numbers can be four times as large by chance."""
-    row = "product_int4" if kind == "int4" else "product_int8" if "int8" in kind else "op_fp32"
+    row = f"product_{kind[:4]}" if kind.startswith("int") else "op_fp32"
     return TOLERANCES[row] * (1 if count >= 32 else 4)
 
 
@@ -198,6 +200,26 @@ def test_interleaved_rows_are_those_of_matmulnbits(N: int) -> None:
     assert not got[N:].any()
 
 
+@pytest.mark.parametrize("N", [1, 8, 13])
+def test_six_bits_are_where_the_layout_says(N: int) -> None:
+    """Of 16 codes in a row twelve lie in low six bits, and the bits of four in high two."""
+    rng = np.random.default_rng(N)
+    codes = rng.integers(0, 64, (N, 3, 32), dtype=np.uint8)
+    scales = rng.uniform(0.5, 2, (N, 3)).astype(np.float16)
+    want = (codes.astype(np.float64) - 32) * scales[..., None].astype(np.float64)
+    stored = interleaved_six(codes)
+    assert stored.shape == (-(-N // 8), 3, 6, 8, 4)
+    row = N - 1
+    for half in range(2):
+        dwords = stored[row // 8, 1, 3 * half : 3 * half + 3, row % 8]  # [3, 4]
+        np.testing.assert_array_equal((dwords & 63).reshape(-1), codes[row, 1, 16 * half : 16 * half + 12])
+        last = (dwords.astype(int) >> 6) << np.array([[0], [2], [4]])
+        np.testing.assert_array_equal(last.sum(axis=0), codes[row, 1, 16 * half + 12 : 16 * half + 16])
+    got = six.dequantized(torch.from_numpy(stored), torch.from_numpy(interleaved_scales(scales)), 90).numpy()
+    np.testing.assert_array_equal(got[:N], want.reshape(N, 96)[:, :90])
+    assert not got[N:].any()
+
+
 # The chunk law: what a token gives doesn't depend on the others
 
 
@@ -237,7 +259,7 @@ def test_what_is_not_finite_shows(library: Path, isa: str, kind: str, value: flo
 
 @pytest.mark.parametrize("T", [1, 20])
 @pytest.mark.parametrize("scale", [1e-42, 1e-31, 1e30])
-@pytest.mark.parametrize("kind", ["int8-128", "int4"])
+@pytest.mark.parametrize("kind", ["int8-128", "int6", "int4"])
 def test_activations_of_any_size(library: Path, isa: str, kind: str, scale: float, T: int) -> None:
     case, x = Case(kind, 128, 21), (activations(T, 128) * scale).astype(np.float32)
     got, want = case.run(x, library, isa), case.reference(x)
@@ -258,6 +280,8 @@ def test_activations_of_any_size(library: Path, isa: str, kind: str, scale: floa
         ("int4", {0: (1, 2, 4, 8, 4), 1: (1, 2, 8)}, "K 64 and N 9 disagree"),
         ("int4", {0: (2, 2, 4, 8, 3)}, r"weight must be uint8 \[any,any,4,8,4\]"),
         ("int4", {1: (2, 8, 2)}, r"scales must be float16 \[2,2,8\], got float16 \[2,8,2\]"),
+        ("int6", {0: (2, 2, 4, 8, 4)}, r"weight must be uint8 \[any,any,6,8,4\]"),
+        ("int6", {0: (1, 2, 6, 8, 4), 1: (1, 2, 8)}, "K 64 and N 9 disagree"),
     ],
 )
 def test_wrong_shapes_are_refused_by_name(
@@ -294,7 +318,7 @@ def test_concurrent_runs_of_several_sessions(library: Path) -> None:
 # Which of the two ran
 
 
-@pytest.mark.parametrize("kind", ["float16", "int8-128", "int4"])
+@pytest.mark.parametrize("kind", ["float16", "int8-128", "int6", "int4"])
 def test_the_kernel_runs_where_it_is_registered(library: Path, kind: str, tmp_path: Path) -> None:
     """The graph that ONNX Runtime executes holds the operator itself, or the body's nodes."""
     case = Case(kind, 64, 9)
@@ -351,6 +375,47 @@ def test_pass_keeps_the_result(scheme: str, op: str, native: bool, library: Path
     )
     got = outputs(model, x, tmp_path, library if native else None)
     assert error(got, x @ w) <= TOLERANCES[f"pass_{scheme}"]
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["kernel", "body"])
+def test_the_head_of_a_4_bit_model_has_6(native: bool, library: Path, tmp_path: Path) -> None:
+    w = np.random.default_rng(0).standard_normal((512, 260)).astype(np.float32)
+    model, x = product(w), activations(5, 512)
+    (decision,) = quantize(model, get_scheme("int4"), [("*", "head")], tmp_path)
+    assert (decision.format, decision.bytes) == ("int6 block 32", 264 * 512 * 13 // 16)
+    assert 0.015 < decision.error < 0.025
+    assert rewrite(model) == []
+    assert [(n.domain, n.op_type, n.name) for n in model.graph] == [
+        ("xexport", "linear_int6x8", "att/linear_int6x8")
+    ]
+    assert set(model.graph.initializers) == {"w.int6", "w.scale"}
+    got = outputs(model, x, tmp_path, library if native else None)
+    assert error(got, x @ w) <= TOLERANCES["pass_int6"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "format_", "says"),
+    [
+        ((520, 256), 1, "int8 block 32", "6 are not possible: its depth of 520 is no multiple of 32"),
+        (
+            (512, 260),
+            1e-7,
+            "int8 block 128",
+            "6 are not possible: its scales are out of the range of float16",
+        ),
+        ((64, 32), 1, "int8 block 32, float32 in memory", "2048 elements"),
+    ],
+    ids=["depth", "scales", "small"],
+)
+def test_a_head_that_cannot_have_6_bits_has_8(
+    shape: tuple[int, int], size: float, format_: str, says: str, tmp_path: Path
+) -> None:
+    w = np.random.default_rng(0).standard_normal(shape).astype(np.float32) * np.float32(size)
+    model = product(w)
+    (decision,) = quantize(model, get_scheme("int4"), [("*", "head")], tmp_path)
+    assert decision.format == format_
+    assert says in decision.reason
+    assert not any(n.op_type == "linear_int6x8" for n in model.graph)
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["kernel", "body"])

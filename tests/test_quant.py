@@ -23,6 +23,7 @@ from xexport.core.errors import UnknownNameError
 from xexport.core.family import ROLES
 from xexport.core.registry import get_family
 from xexport.core.target import get_target, target_names
+from xexport.exporter.functions import attach_functions
 from xexport.quant.apply import quantize, unread
 from xexport.quant.blocks import (
     block_size_for,
@@ -51,6 +52,15 @@ def test_scheme_says_for_every_role_what_and_why(name: str) -> None:
 def test_every_target_has_a_scheme_and_fp32_changes_nothing() -> None:
     assert {get_target(t).precision for t in target_names()} <= set(scheme_names())
     assert set(get_scheme("fp32").formats.values()) == {"float32"}
+
+
+def test_6_bits_are_for_targets_that_run_our_kernels() -> None:
+    targets = [get_target(name) for name in target_names()]
+    six = {t.name for t in targets if "int6-block" in get_scheme(t.precision).formats.values()}
+    assert six == {"cpu-int4", "arm64-int4"}
+    assert all("products" in t.fuse for t in targets if t.name in six)
+    with_8 = get_scheme("int4-head8").formats
+    assert {**get_scheme("int4").formats, "head": "int8-block"} == with_8
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-channel", "int4"])
@@ -334,7 +344,9 @@ def test_tied_embedding_gets_two_decisions(scheme: str, shape: tuple[int, int], 
     table, head = decide(model, scheme, "embedding", tmp_path)
     assert (table.tensor, table.role, table.format) == ("w", "embedding", "int8 per row")
     assert (head.tensor, head.role) == ("w (as head)", "head")
-    assert head.format.startswith("int8 block")
+    six = scheme == "int4" and w.size >= FASTER_ABOVE
+    assert head.format.startswith("int6 block" if six else "int8 block")
+    attach_functions(model, {}, {})
     assert "w" not in model.graph.initializers
     assert rms_error(run(model, tmp_path, ids=ids), w[ids] @ w.T) < 2 * TOLERANCES["int8_products"]
 

@@ -21,7 +21,15 @@ from xexport.exporter.functions import attach_functions
 from xexport.exporter.passes.together import MOST, NAMES, rewrite
 
 Array = np.ndarray[Any, Any]
-ROW = (("int4", 96, 40), ("int8-64", 96, 33), ("float32", 70, 21), ("float16", 96, 5), ("int4", 96, 13))
+ROW = (
+    ("int4", 96, 40),
+    ("int8-64", 96, 33),
+    ("float32", 70, 21),
+    ("float16", 96, 5),
+    ("int4", 96, 13),
+    ("int6", 96, 19),
+)
+INPUTS = ["a", "b", "c", "b", "a", "b"]
 
 
 def model_of(products: Sequence[tuple[str, int, int]], inputs: Sequence[str]) -> ir.Model:
@@ -55,7 +63,7 @@ def test_joined_products_have_the_bits_they_had(
     library: Path, isa: str, tokens: tuple[int, int, int], threads: int
 ) -> None:
     """Inputs of their own lengths, of which products of one format share one."""
-    inputs = ["a", "b", "c", "b", "a"]
+    inputs = INPUTS
     feeds = {x: activations(n, K) for x, n, K in zip("abc", tokens, (96, 96, 70), strict=True)}
     joined = model_of(ROW, inputs)
     assert rewrite(joined) == []
@@ -78,13 +86,14 @@ def test_large_products_are_shared_by_threads(library: Path) -> None:
 
 
 def test_without_the_kernel_the_body_calls_the_operators(library: Path) -> None:
-    joined = model_of(ROW, ["a", "b", "c", "b", "a"])
+    joined = model_of(ROW, INPUTS)
     rewrite(joined)
     feeds = {"a": activations(3, 96), "b": activations(2, 96), "c": activations(1, 70)}
     for want, got in zip(run(joined, feeds, library), run(joined, feeds, None), strict=True):
         assert error(got, want) <= 0.02
     lowerings = {low.op: low.nodes for low in attach_functions(joined, {}, {})}
-    assert lowerings == {"linear": 2, "linear_int4x8": 2, "linear_int8": 1, "linear_group_*": 1}
+    apart = {"linear": 2, "linear_int4x8": 2, "linear_int6x8": 1, "linear_int8": 1}
+    assert lowerings == {**apart, "linear_group_*": 1}
 
 
 def graph_of(nodes: Sequence[Any]) -> ir.Model:

@@ -68,6 +68,7 @@ _ROWS: dict[str, tuple[float, str]] = {
         0.02,
         "RMS over RMS of uncorrelated products: activations of 8 bits, 0.3% of a block's largest",
     ),
+    "product_int6": (0.02, "as product_int4: its activations have 8 bits as well"),
     "distill_exact": (3e-5, "the ridge of 1e-6 against residues that cancel; measured 5e-7 to 9e-6"),
     "qnn_fp16": (
         0.02,
@@ -82,6 +83,10 @@ _ROWS: dict[str, tuple[float, str]] = {
     "pass_fp32": (3e-6, "as op_fp32: the same product"),
     "pass_fp16": (1e-3, "RMS over RMS: 11 bits a weight"),
     "pass_int8": (0.02, "as int8_products: without the kernel activations have 8 bits as well"),
+    "pass_int6": (
+        0.03,
+        "RMS over RMS: 6 bits a weight in blocks of 32 of a normal matrix, 0.02, and activations of 8 bits, 6e-3",
+    ),
     "pass_int4": (0.12, "RMS over RMS: 4 bits a weight in blocks of 32 of a normal matrix, 0.1"),
     "tiny_logits_fp32": (1e-5, "RMS of the difference over RMS: float sums in another order"),
     "tiny_logits_fp16": (2e-3, "RMS over RMS: 11 bits, 2e-4 a weight, over two layers"),

@@ -19,7 +19,7 @@ from xexport.core.op import DOMAIN
 from xexport.exporter.weights import CheckpointTensor
 from xexport.ops.linear_int4x8.layout import ROWS, interleaved_codes, interleaved_scales
 
-__all__ = ["rewrite"]
+__all__ = ["replace", "rewrite"]
 
 _PASS = "products"
 _BLOCKS = {8: (32, 64, 128), 4: (32,)}
@@ -64,14 +64,14 @@ def _quantized(model: ir.Model, node: ir.Node) -> None:
     attributes = {name: node.attributes[name].as_int() for name in ("K", "N")}
     if bits == 8:
         attributes["block_size"] = block
-        _replace(model, node, "linear_int8", [x, codes, scales], attributes)
+        replace(model, node, "linear_int8", [x, codes, scales], attributes)
         return
     stored = _cast_from(scales, ir.DataType.FLOAT16)
     if stored is None:
         raise _Refused("its scales are out of the range of float16")
     _interleave(codes, interleaved_codes, 4, ROWS, 4)
     _interleave(stored, interleaved_scales, ROWS)
-    _replace(model, node, "linear_int4x8", [x, codes, stored], attributes)
+    replace(model, node, "linear_int4x8", [x, codes, stored], attributes)
 
 
 def _interleave(value: ir.Value, interleaved: Callable[[Any], Any], *inner: int) -> None:
@@ -99,7 +99,7 @@ def _float(model: ir.Model, node: ir.Node) -> None:
         raise _Refused("its weight is on the left-hand side")
     weight, swapped = _weight_of(right)
     if swapped:
-        _replace(model, node, "linear", [x, weight], {})
+        replace(model, node, "linear", [x, weight], {})
         return
     if right is not weight:
         raise _Refused("its float16 weight has one column an output")
@@ -109,7 +109,7 @@ def _float(model: ir.Model, node: ir.Node) -> None:
     _turn(weight)
     for user, _ in uses:
         assert user.inputs[0] is not None
-        _replace(model, user, "linear", [user.inputs[0], weight], {})
+        replace(model, user, "linear", [user.inputs[0], weight], {})
 
 
 def _weight_of(value: ir.Value) -> tuple[ir.Value, bool]:
@@ -168,9 +168,10 @@ def _turn(value: ir.Value) -> None:
     value.shape = ir.Shape(value.const_value.shape.numpy())
 
 
-def _replace(
+def replace(
     model: ir.Model, node: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, int]
 ) -> None:
+    """Put an operator of ours in the place of a product, under its name."""
     old = node.outputs[0]
     name = (node.name or "").replace(node.op_type, op_type)
     made = ir.Node(DOMAIN, op_type, inputs, [ir.AttrInt64(k, v) for k, v in attributes.items()], name=name)

@@ -29,8 +29,8 @@ NAMES = 32
 MOST = 16
 
 #: numbers of the formats in the attribute ``products``; ops/linear_group/kernel.cc has them too
-_FLOAT32, _FLOAT16, _INT8, _INT4 = range(4)
-_KINDS = {"linear_int8": _INT8, "linear_int4x8": _INT4}
+_FLOAT32, _FLOAT16, _INT8, _INT4, _INT6 = range(5)
+_KINDS = {"linear_int8": _INT8, "linear_int4x8": _INT4, "linear_int6x8": _INT6}
 
 #: format, K, N, numbers that share a scale (0: none)
 Numbers = tuple[int, int, int, int]

@@ -8,6 +8,7 @@
 
 #include "../linear/format.h"
 #include "../linear_int4x8/format.h"
+#include "../linear_int6x8/format.h"
 #include "../linear_int8/format.h"
 
 namespace xexport {
@@ -43,6 +44,7 @@ std::unique_ptr<Weights> weights_of(const Node& node, const int64_t* p) {
     case 1: return std::make_unique<Of<Float<Element::f16>>>(p[1], p[2], p[3]);
     case 2: return std::make_unique<Of<Int8>>(p[1], p[2], p[3]);
     case 3: return std::make_unique<Of<Int4>>(p[1], p[2], p[3]);
+    case 4: return std::make_unique<Of<Int6>>(p[1], p[2], p[3]);
     default: node.fail("no format of a product has the number " + std::to_string(p[0]));
   }
 }

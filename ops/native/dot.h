@@ -83,9 +83,10 @@ XEXPORT_INLINE void add_madd(typename Of<N>::S32& sum, typename Of<N>::S16 a, ty
   sum += madd<N>(a, b);
 }
 
-// The same of 4-bit numbers and signed bytes: lane i is u[2i] s[2i] + u[2i+1] s[2i+1]; nothing can overflow.
+// The same of numbers below 128 and signed bytes of at most 127: lane i is u[2i] s[2i] + u[2i+1] s[2i+1], which can't
+// overflow.
 template <int N>
-XEXPORT_INLINE typename Of<N>::S16 madd_nibbles(typename Of<N>::U8 u, typename Of<N>::S8 s) {
+XEXPORT_INLINE typename Of<N>::S16 madd_bytes(typename Of<N>::U8 u, typename Of<N>::S8 s) {
 #if defined(__AVX512BW__)
   if constexpr (N == 64) return (typename Of<N>::S16)_mm512_maddubs_epi16((__m512i)u, (__m512i)s);
 #endif
@@ -99,6 +100,16 @@ XEXPORT_INLINE typename Of<N>::S16 madd_nibbles(typename Of<N>::U8 u, typename O
   const auto even = (typename Of<N>::S16)((typename Of<N>::U16)u & 255), odd = (typename Of<N>::S16)u >> 8;
   const auto x = (typename Of<N>::S16)s;
   return even * ((x << 8) >> 8) + odd * (x >> 8);
+#endif
+}
+
+// Sums of neighbours: lane i is v[2i] + v[2i+1].
+template <int N>
+XEXPORT_INLINE typename Of<N>::S32 neighbours(typename Of<N>::S16 v) {
+#if defined(__aarch64__)
+  return (typename Of<N>::S32)vpaddlq_s16((int16x8_t)v);
+#else
+  return madd<N>(v, typename Of<N>::S16{} + 1);
 #endif
 }
 

@@ -52,7 +52,7 @@ Format = Callable[[Context, ir.Value], Stored | Refusal]
 
 def formats() -> dict[str, Format]:
     """Format name -> the function that applies it."""
-    from xexport.quant.formats import block, channel, dequantize, half, half_product, rows
+    from xexport.quant.formats import block, channel, dequantize, half, half_product, rows, six
 
     return {
         "float16": half.apply,
@@ -62,5 +62,6 @@ def formats() -> dict[str, Format]:
         "int8-block": block.apply_int8,
         "int8-channel": channel.apply,
         "int8-dequantize": dequantize.apply,
+        "int6-block": six.apply,
         "int4-block": block.apply_int4,
     }

@@ -32,6 +32,7 @@ from xexport.ops.fused_rows.reference import run_program
 from xexport.ops.hyena_conv.reference import hyena_conv
 from xexport.ops.linear.reference import linear
 from xexport.ops.linear_int4x8.reference import linear_int4x8
+from xexport.ops.linear_int6x8.reference import linear_int6x8
 from xexport.ops.linear_int8.reference import linear_int8
 from xexport.ops.linear_recurrence.reference import linear_recurrence
 from xexport.ops.modal_conv.reference import modal_conv
@@ -148,28 +149,46 @@ def _linear_int8(B: int, T: int, K: int, N: int, block: int) -> Case:
 
 
 def _linear_int4x8(B: int, T: int, K: int, N: int) -> Case:
+    return _interleaved(B, T, K, N, 4)
+
+
+def _linear_int6x8(B: int, T: int, K: int, N: int) -> Case:
+    return _interleaved(B, T, K, N, 6)
+
+
+def _interleaved(B: int, T: int, K: int, N: int, dwords: int) -> Case:
+    """Eight rows side by side; a block of a row is so many times four bytes."""
     rng, groups, blocks = np.random.default_rng((B, T, K, N)), -(-N // 8), -(-K // 32)
-    codes = rng.integers(0, 256, (groups, blocks, 4, 8, 4), dtype=np.uint8)
+    codes = rng.integers(0, 256, (groups, blocks, dwords, 8, 4), dtype=np.uint8)
     scales = (rng.random((groups, blocks, 8)) + 0.01).astype(np.float16)
     return Case({"x": _whole_numbers(B, T, K, 32, 127), "weight": codes, "scales": scales}, {"K": K, "N": N})
 
 
 def _linear_group(B: int, T: int, K: int, N: int) -> Case:
     """Every format, of 1, 2, 3 ... times T tokens and N columns."""
-    rows = range(1, 5)
+    rows = range(1, 6)
     made = [_linear(B, i * T, K, i * N, i - 1) for i in rows[:2]]
     made += [_linear_int8(B, 3 * T, K, 3 * N, 64), _linear_int4x8(B, 4 * T, K, 4 * N)]
-    blocks = (0, 0, 64, 32)
+    made.append(_linear_int6x8(B, 5 * T, K, 5 * N))
+    blocks = (0, 0, 64, 32, 32)
     numbers = [n for i, block in zip(rows, blocks, strict=True) for n in (i - 1, K, i * N, block)]
     inputs = {f"{i}.{name}": a for i, case in enumerate(made) for name, a in case.inputs.items()}
     return Case(inputs, {"products": numbers})
 
 
 def _apart(*x: torch.Tensor, products: list[int]) -> tuple[torch.Tensor, ...]:
-    (f32, f16), int8, int4 = (x[:2], x[2:4]), x[4:7], x[7:]
-    last = [products[i : i + 4] for i in range(0, len(products), 4)]
-    eight, four = linear_int8(*int8, *last[2][1:]), linear_int4x8(*int4, *last[3][1:3])
-    return linear(*f32), linear(*f16), eight, four
+    (f32, f16), *rest = (x[:2], x[2:4]), x[4:7], x[7:10], x[10:]
+    last = [products[i + 1 : i + 4] for i in range(0, len(products), 4)]
+    eight, four, six = (
+        f(*given, *numbers)
+        for f, given, numbers in zip(
+            (linear_int8, linear_int4x8, linear_int6x8),
+            rest,
+            (last[2], last[3][:2], last[4][:2]),
+            strict=True,
+        )
+    )
+    return linear(*f32), linear(*f16), eight, four, six
 
 
 def _causal_conv1d(B: int, T: int, D: int, K: int, silu: int) -> Case:
@@ -283,6 +302,7 @@ TABLE: dict[str, Row] = {
         linear_int8, _linear_int8, ((1, 1, 128, 40, 128), (2, 3, 70, 33, 32), (1, 40, 192, 50, 64))
     ),
     "linear_int4x8": Row(linear_int4x8, _linear_int4x8, ((1, 1, 128, 40), (2, 3, 70, 33), (1, 40, 192, 50))),
+    "linear_int6x8": Row(linear_int6x8, _linear_int6x8, ((1, 1, 128, 40), (2, 3, 70, 33), (1, 40, 192, 50))),
     # the same kernel under many names
     "linear_group_0": Row(_apart, _linear_group, ((1, 1, 128, 40), (2, 3, 70, 33))),
     "causal_conv1d": Row(
