@@ -85,7 +85,7 @@ _ROWS: dict[str, tuple[float, str]] = {
     "pass_int8": (0.02, "as int8_products: without the kernel activations have 8 bits as well"),
     "pass_int6": (
         0.03,
-        "RMS over RMS: 6 bits a weight in blocks of 32 of a normal matrix, 0.02, and activations of 8 bits, 6e-3",
+        "RMS over RMS: 6 bits a weight in blocks of 32 of a normal matrix, 0.021, and 8-bit activations",
     ),
     "pass_int4": (0.12, "RMS over RMS: 4 bits a weight in blocks of 32 of a normal matrix, 0.1"),
     "tiny_logits_fp32": (1e-5, "RMS of the difference over RMS: float sums in another order"),

@@ -1,4 +1,4 @@
-"""ONNX body of ``xexport::linear_int6x8``: rows put one after another in 8 bits, and com.microsoft MatMulNBits."""
+"""ONNX body of ``xexport::linear_int6x8``: rows put one after another in 8 bits, for one MatMulNBits."""
 
 from __future__ import annotations
 

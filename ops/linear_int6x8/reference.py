@@ -15,7 +15,8 @@ __all__ = ["dequantized", "linear_int6x8"]
 
 def dequantized(weight: torch.Tensor, scales: torch.Tensor, depth: int) -> torch.Tensor:
     """uint8 ``[groups,blocks,6,8,4]`` and scales ``[groups,blocks,8]`` -> float64 ``[8 groups,depth]``."""
-    stored = weight.unflatten(2, (2, 3))  # [groups, blocks, half, dword, row, byte]
+    groups, blocks = weight.shape[:2]
+    stored = weight.reshape(groups, blocks, 2, 3, 8, 4)  # group, block, half, dword, row, byte
     high = stored >> 6
     last = high[:, :, :, 0] | (high[:, :, :, 1] << 2) | (high[:, :, :, 2] << 4)
     quads = torch.cat((stored & 63, last[:, :, :, None]), dim=3)

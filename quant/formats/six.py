@@ -1,8 +1,8 @@
 """6-bit products: ``MatMul(x, W)`` becomes ``xexport::linear_int6x8``, blocks of 32 with float16 scales.
 
-No operator of ONNX or ONNX Runtime reads 6 bits, so the node is this project's own from the start; its body is
-com.microsoft MatMulNBits with 8 bits (ops/linear_int6x8). A weight that it can't serve is stored in 8 bits, with
-the reason.
+No operator of ONNX or ONNX Runtime reads 6 bits, so the node is this project's own from the start; its body
+is com.microsoft MatMulNBits with 8 bits (ops/linear_int6x8). A weight that it can't serve is stored in 8
+bits, with the reason.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ def apply(context: Context, value: ir.Value) -> Stored | Refusal:
 
 def _eight(context: Context, value: ir.Value, why: str) -> Stored | Refusal:
     stored = apply_int8(context, value)
-    return (
-        replace(stored, reason=f"8 bits, as 6 are not possible: {why}")
-        if isinstance(stored, Stored)
-        else stored
-    )
+    if isinstance(stored, Refusal):
+        return stored
+    return replace(stored, reason=f"8 bits, as 6 are not possible: {why}")
