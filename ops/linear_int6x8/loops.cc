@@ -98,21 +98,25 @@ struct Format {
 
   XEXPORT_INLINE void sums(const uint8_t* panel, int64_t, const uint8_t* const* x, const int32_t* const* offsets,
                            int64_t b, IntVec (*sums)[kWidth]) {
+// one vector of columns after the other: with the sums of both, AVX2's registers would not hold the rest
+#pragma GCC unroll 2
+    for (int v = 0; v < kWidth; ++v) {
+      IntVec part[kTall];
 #pragma GCC unroll 12
-    for (int t = 0; t < kTall; ++t) {
-      for (int v = 0; v < kWidth; ++v) sums[t][v] = IntVec{} - offsets[t][b];
-    }
-    for (int64_t k = 0; k < kBlock; k += 8) {
-      for (int v = 0; v < kWidth; ++v) {
+      for (int t = 0; t < kTall; ++t) part[t] = IntVec{} - offsets[t][b];
+#pragma GCC unroll 1
+      for (int64_t k = 0; k < kBlock; k += 8) {
         const uint8_t* w = panel + k * kPanel + v * kBytes;
         const WideBytes one = in_register(read<WideBytes>(w)), other = in_register(read<WideBytes>(w + 4 * kPanel));
 #pragma GCC unroll 12
         for (int t = 0; t < kTall; ++t) {
           const auto a = (WideSigned)(read<int32_t>(x[t] + k) - IntVec{});
           const auto c = (WideSigned)(read<int32_t>(x[t] + k + 4) - IntVec{});
-          sums[t][v] += neighbours<kBytes>(madd_bytes<kBytes>(one, a) + madd_bytes<kBytes>(other, c));
+          part[t] += neighbours<kBytes>(madd_bytes<kBytes>(one, a) + madd_bytes<kBytes>(other, c));
         }
       }
+#pragma GCC unroll 12
+      for (int t = 0; t < kTall; ++t) sums[t][v] = part[t];
     }
   }
 };
