@@ -118,7 +118,7 @@ async function openSessions(ort, manifest, graphs, files, { provider, threads = 
     for (const session of sessions.values()) await session.release();
     throw new RuntimeFailure(`onnxruntime-web can't open the graph with ${provider}`, {
       got: brief(error),
-      fix: "export the model for a target web-*, which both backends open",
+      fix: `${provider === "webgpu" ? "use WebAssembly (the backend wasm), or " : ""}export the model for a target web-*`,
     });
   }
   for (const session of sessions.values()) checkSignature(session, manifest);
