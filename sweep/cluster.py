@@ -89,12 +89,13 @@ def worker_resources(client: Any) -> dict[str, dict[str, float]]:
     Raises:
         RuntimeFailure: the scheduler is gone.
     """
+    fix = "what is finished is kept: start the scheduler and the workers, and run the same command again"
     try:
-        found = client.scheduler_info(n_workers=-1)["workers"]
+        found = client.scheduler_info(n_workers=-1).get("workers")
     except OSError as error:
-        raise RuntimeFailure(
-            "the scheduler is gone", got=error, fix="what is finished is kept: run the same command again"
-        ) from error
+        raise RuntimeFailure("the scheduler is gone", got=error, fix=fix) from error
+    if found is None:  # what a client that has lost its connection answers
+        raise RuntimeFailure("the scheduler is gone", got="the connection was lost", fix=fix)
     return {address: dict(row.get("resources") or {}) for address, row in found.items()}
 
 

@@ -176,12 +176,14 @@ class _Drive:
 
     def _wait(self) -> list[Any]:
         """Futures that are over, after a second at most."""
-        from distributed import wait
+        from distributed import CancelledError, wait
 
         try:
             wait(list(self._pending), timeout=1.0, return_when="FIRST_COMPLETED")
         except TimeoutError:
             return []
+        except CancelledError:
+            worker_resources(self._client)  # if the scheduler is gone this says so, and nothing is tried again
         return [f for f in self._pending if f.status != "pending"]
 
     def _take(self, future: Any) -> None:
@@ -312,7 +314,8 @@ def _outcome(future: Any) -> tuple[Outcome | None, dict[str, Any]]:
             return None, {"what": "the result was lost with its worker", "got": str(error), "died": True}
         return found, {}
     if future.status != "error":
-        return None, {"what": "the scheduler gave the task up", "got": future.status}
+        # what it was sent is lost with the worker that kept it, or a worker was told to leave
+        return None, {"what": "the scheduler gave the task up", "got": future.status, "died": True}
     raised = future.exception()
     if type(raised).__name__ == "KilledWorker":
         return None, {

@@ -7,13 +7,18 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from tolerances import TOLERANCES
 
 import xexport
 from xexport.core.errors import RuntimeFailure
 from xexport.core.manifest import read_manifest
 from xexport.evaluate.suite import Sizes
+from xexport.exporter.lower import htp_rows
 from xexport.runtimes import qnn
 from xexport.runtimes.bundle import Bundle
 from xexport.runtimes.opening import CPU
@@ -63,6 +68,61 @@ def test_any_cut_is_near_the_cpu(made: Any, family: str) -> None:
         assert apart(parts.state()[name], value) < TOLERANCES["qnn_fp16"], name
 
 
+def _product_behind_a_norm(rows: int) -> ir.Model:
+    """LayerNormalization, 16-bit codes, a product with 8-bit weights of a scale a column, 16-bit codes."""
+    rng = np.random.default_rng(0)
+    weights = {
+        "gamma": np.ones(32, np.float32),
+        "codes": rng.integers(-127, 128, (32, 48)).astype(np.int8),
+        "scales": rng.uniform(1e-3, 3e-3, 48).astype(np.float32),
+        "step": np.array(1e-4, np.float32),
+        "middle": np.array(33000, np.uint16),
+    }
+    text = f"""
+      <ir_version: 10, opset_import: ["" : 23]>
+      g (float[1,{rows},32] x) => (float[1,{rows},48] y) {{
+        normed = LayerNormalization <axis = -1> (x, gamma)
+        q = QuantizeLinear (normed, step, middle)
+        d = DequantizeLinear (q, step, middle)
+        w = DequantizeLinear <axis = 1> (codes, scales)
+        product = MatMul (d, w)
+        r = QuantizeLinear (product, step, middle)
+        y = DequantizeLinear (r, step, middle)
+      }}"""
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in weights.items())
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def test_sixteen_rows_behind_a_norm_are_wrong_and_two_blocks_of_eight_are_right() -> None:
+    """The fault of the simulator for which exporter/lower/htp_rows.py is there, and that it avoids it."""
+    pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn is not installed")
+    x = np.random.default_rng(1).normal(size=(1, 16, 32)).astype(np.float32)
+    model = _product_behind_a_norm(16)
+    want, plain = (_run(model, x, on_npu=on) for on in (False, True))
+    assert htp_rows.rewrite(model) == 1
+    RemoveUnusedNodesPass()(model)
+    assert np.array_equal(_run(model, x, on_npu=False), want)
+    assert apart(_run(model, x, on_npu=True), want) < TOLERANCES["qnn_fp16"]
+    assert apart(plain, want) > 0.5, "the fault is gone: htp_rows.py is not needed any more"
+
+
+def test_other_numbers_of_rows_are_left_alone() -> None:
+    assert [htp_rows.rewrite(_product_behind_a_norm(rows)) for rows in (1, 15, 17, 32)] == [0] * 4
+
+
+def _run(model: ir.Model, x: Any, *, on_npu: bool) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1" if not on_npu else "0")
+    if on_npu:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        qnn.add_provider(options, {"soc_model": "60"})
+    with qnn.quiet_stdout():
+        session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    return session.run(None, {"x": x})[0]
+
+
 def test_what_the_manifest_says(made: Any) -> None:
     manifest = made("rwkv").manifest
     assert manifest.graphs == {1: "model.t1.onnx", 16: "model.t16.onnx"}
@@ -107,7 +167,6 @@ def test_the_context_is_what_is_opened(made: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_node_that_would_fall_back_is_named(made: Any, tmp_path: Path) -> None:
-    import onnx
     from onnx import helper
 
     bundle = made("rwkv")

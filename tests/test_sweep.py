@@ -293,11 +293,30 @@ def test_a_killed_workers_cell_is_done_by_another_and_a_deadly_one_is_reported(
         row = store.get("rwkv-tiny-cpu-int8")
         assert row is not None
         assert row.exports == 1
+    with monkeypatch.context() as patch:
+        _give_up_the_first_measurement(patch)
+        with run(cluster, tmp_path / "given up", cells[:1]) as store:
+            assert set(statuses(store).values()) == {"done"}
     with run(cluster, tmp_path / "crash", cells[:1], sweep_work.measure_crashing) as store:
         row = store.get("rwkv-tiny-cpu-fp32")
         assert row is not None
         assert row.error is not None
         assert row.error["got"] == "ZeroDivisionError: by nothing"
+
+
+def _give_up_the_first_measurement(patch: pytest.MonkeyPatch) -> None:
+    """The scheduler cancels it, as it does when a bundle that was sent is lost with a worker."""
+    from xexport.sweep import drive as module
+
+    real, given_up = module._Drive._submit, []
+
+    def submit(self: Any, cell: Cell, stage: str) -> None:
+        real(self, cell, stage)
+        if stage == "measure" and not given_up:
+            given_up.append(cell.id)
+            list(self._pending)[-1].cancel()
+
+    patch.setattr(module._Drive, "_submit", submit)
 
 
 def test_cells_of_a_machine_that_went_away_are_reported(tmp_path: Path, monkeypatch: Any) -> None:
