@@ -90,12 +90,14 @@ def worker_resources(client: Any) -> dict[str, dict[str, float]]:
         RuntimeFailure: the scheduler is gone.
     """
     fix = "what is finished is kept: start the scheduler and the workers, and run the same command again"
+    link = client.scheduler
+    if link is None:  # the client waited for it in vain and closed
+        raise RuntimeFailure("the scheduler is gone", got="the connection was lost", fix=fix)
     try:
-        found = client.scheduler_info(n_workers=-1).get("workers")
+        # not client.scheduler_info(): a task of the client overwrites its answer with one without workers
+        found = client.sync(link.identity, n_workers=-1)["workers"]
     except OSError as error:
         raise RuntimeFailure("the scheduler is gone", got=error, fix=fix) from error
-    if found is None:  # what a client that has lost its connection answers
-        raise RuntimeFailure("the scheduler is gone", got="the connection was lost", fix=fix)
     return {address: dict(row.get("resources") or {}) for address, row in found.items()}
 
 

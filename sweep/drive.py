@@ -183,7 +183,7 @@ class _Drive:
         except TimeoutError:
             return []
         except CancelledError:
-            worker_resources(self._client)  # if the scheduler is gone this says so, and nothing is tried again
+            worker_resources(self._client)  # says so if the scheduler is gone: nothing is tried again then
         return [f for f in self._pending if f.status != "pending"]
 
     def _take(self, future: Any) -> None:
