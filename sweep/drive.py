@@ -324,6 +324,12 @@ def _outcome(future: Any) -> tuple[Outcome | None, dict[str, Any]]:
             "got": str(raised).split(". ", 1)[0],
             "fix": "too little memory, or a fault in the runtime: try the cell alone with `xexport`",
         }
+    if "deserializ" in str(raised) and isinstance(raised, RuntimeError):
+        return None, {
+            "what": "the scheduler, or a worker, can't read what this machine sent",
+            "got": str(raised).split(". ", 1)[0],
+            "fix": "install the same versions of xexport, Python and Dask there and beside the scheduler",
+        }
     return None, {"what": "the cell crashed", "got": f"{type(raised).__name__}: {raised}"}
 
 

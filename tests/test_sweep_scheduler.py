@@ -1,6 +1,6 @@
-"""A sweep as people run it on several machines: `dask scheduler`, `xexport worker`, `xexport sweep`.
+"""A sweep on several machines: `dask scheduler` and `xexport worker` are processes with an address.
 
-The scheduler and the worker are processes of their own, known by an address alone; cells are real exports.
+What the worker does for a cell is a stand-in (sweep_work.py); docs/sweep.md says what was run for real.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sweep_work
 from click.testing import CliRunner
 
 from xexport.cli import cli
+from xexport.core.errors import RuntimeFailure
+from xexport.core.progress import Silent
+from xexport.sweep.plan import make_plan
+from xexport.sweep.store import open_store
 
 pytest.importorskip("distributed", reason="dask[distributed] is not installed")
 pytestmark = pytest.mark.filterwarnings(
@@ -28,71 +33,84 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @contextmanager
-def running(*words: str, log: Path, **variables: str) -> Iterator[None]:
-    """A program and what it starts; all of it is killed at the end, its words are in ``log``."""
+def running(log: Path, *words: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python program; it and what it started are killed at the end. What it says is in ``log``."""
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, *words],
+            [sys.executable, "-m", *words],
             stdout=out,
             stderr=out,
             start_new_session=True,
             env={**os.environ, **variables},
         )
     try:
-        yield
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-@pytest.fixture
-def scheduler(tmp_path: Path) -> Iterator[str]:
-    """The address of a scheduler on this machine, at a port that is free."""
-    told = tmp_path / "scheduler.json"
-    words = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(told)]
-    with running("-m", "dask", "scheduler", *words, log=tmp_path / "scheduler.log"):
-        yield json.loads(_written(told))["address"]
-
-
-def _written(path: Path) -> str:
+def _address(told: Path) -> str:
+    """Of the scheduler, once it is up."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        text = path.read_text() if path.is_file() else ""
-        if text.endswith("}"):
-            return text
+        text = told.read_text() if told.is_file() else ""
+        if text.rstrip().endswith("}"):
+            return str(json.loads(text)["address"])
         time.sleep(0.05)
-    raise AssertionError(path.with_suffix(".log").read_text())
+    raise AssertionError(told.with_suffix(".log").read_text())
 
 
-def test_a_grid_on_a_worker_that_can_run_one_of_two_groups(
-    scheduler: str, tmp_path: Path, exporter: Any, monkeypatch: Any
-) -> None:
-    """Four cells are measured for real; of the fifth it is said that no worker can run it."""
-    out, options = tmp_path / "grid", ["--preset", "tiny", "--eval-text", str(exporter.ids), "--steps", "5"]
-    options += ["--prefill", "16", "--threads", "1", "--scheduler", scheduler, "--out", str(out), "--json"]
-    monkeypatch.setattr("xexport.sweep.cluster._PATIENCE", 0.2)
-    alone = CliRunner().invoke(cli, ["sweep", "rwkv", "--targets", "cpu-fp32", "--quiet", *options])
-    error = json.loads(alone.stdout)["error"]
-    assert (alone.exit_code, error["what"]) == (1, "no worker is connected to the scheduler")
-    assert f"xexport worker {scheduler}" in error["fix"]
+def test_a_scheduler_and_a_worker_as_processes(tmp_path: Path, monkeypatch: Any) -> None:
+    """No worker yet; one that is killed at a cell and starts again; a target that it can't run; the end."""
+    from xexport.sweep.cluster import connect, worker_resources
+    from xexport.sweep.drive import Work, drive
 
-    log = tmp_path / "worker.log"
-    with running("-m", "xexport.cli", "worker", scheduler, log=log, XEXPORT_ENVIRONMENTS=str(tmp_path)):
-        monkeypatch.setattr("xexport.sweep.cluster._PATIENCE", 60.0)
-        command = ["sweep", "rwkv", "mamba", "--targets", "cpu-fp32,cpu-int8"]
-        done = CliRunner().invoke(cli, [*command, *options])
+    monkeypatch.setattr("xexport.sweep.parcel.same_bundle", lambda folder, _: folder.is_dir())
+    told, out, log = tmp_path / "scheduler.json", tmp_path / "grid", tmp_path / "worker.log"
+    words = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(told)]
+    # both must be able to import what they are sent: the scheduler reads the tasks too
+    tests = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    with running(told.with_suffix(".log"), "dask", "scheduler", *words, **tests) as scheduler:
+        address = _address(told)
+        with monkeypatch.context() as patch:
+            patch.setattr("xexport.sweep.cluster._PATIENCE", 1.0)
+            command = ["sweep", "rwkv", "--preset", "tiny", "--targets", "cpu-fp32", "--json", "--quiet"]
+            alone = CliRunner().invoke(cli, [*command, "--out", str(out), "--scheduler", address])
+        error = json.loads(alone.stdout)["error"]
+        assert (alone.exit_code, error["what"]) == (1, "no worker is connected to the scheduler")
+        assert f"xexport worker {address}" in error["fix"]
+
+        # no isolated environments: it can't run web-* targets
+        variables = {"XEXPORT_ENVIRONMENTS": str(tmp_path), **tests}
+        with running(log, "xexport.cli", "worker", address, **variables) as worker:
+            monkeypatch.setattr("xexport.sweep.cluster._PATIENCE", 60.0)
+            cells = make_plan(["rwkv"], ["cpu-fp32", "cpu-int8", "web-fp32"], preset="tiny")
+            work = Work(sweep_work.export, sweep_work.measure_killed_once, sweep_work.pack)
+            with open_store(out) as store:
+                store.plan(cells)
+                with connect(address, None) as client:
+                    drive(client, cells, store, out, Silent(), work=work)
+                    rows = {row.target: row for row in store.rows()}
+                    assert {t: r.status for t, r in rows.items()} == {
+                        "cpu-fp32": "done",
+                        "cpu-int8": "done",
+                        "web-fp32": "not run",
+                    }
+                    assert "no worker here can run web-* targets" in str(rows["web-fp32"].error)
+                    assert (out / "bundles" / "rwkv-tiny-cpu-int8" / "killed").exists()
+                    scheduler.kill()
+                    with pytest.raises(RuntimeFailure, match="the scheduler is gone"):
+                        _until_gone(client, worker_resources)
+            assert worker.wait(60) == 0
     assert "xexport-cpu" in log.read_text()
     assert "xexport-web" not in log.read_text()
-    assert done.exit_code == 0, done.stderr
-    record = json.loads(done.stdout)
-    assert record["counts"] == {"done": 4}
-    assert "[4/4] " in done.stderr
-    assert record["front"]
-    for cell in record["cells"]:
-        assert cell["figures"]["bits_per_byte"]["bundle"] > 0
-        assert cell["figures"]["latency"]["step_ms"]["p50"] > 0
-        assert cell["figures"]["placement"]
-        assert Path(cell["bundle"], "manifest.json").is_file()
-    page = Path(record["report"]).read_text()
-    assert "The grid" in page
-    assert "Pareto front" in page
+
+
+def _until_gone(client: Any, ask: Any) -> None:
+    """Ask until the client has seen that the connection is closed."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        ask(client)
+        time.sleep(0.05)
