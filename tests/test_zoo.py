@@ -29,16 +29,26 @@ from xexport.zoo.train import Recipe, main, train
 FAMILIES = ("hyena", "mamba", "retnet", "rwkv")
 SHIPPED = (
     *FAMILIES,
+    "aft",
+    "block_transformer",
+    "gtrxl",
     "hourglass",
     "hybrid",
     "linear_attention",
+    "lmuformer",
     "longnet",
     "m2_gpt",
     "mamba2",
+    "mamba_mixer",
+    "megabyte",
+    "performer",
+    "reformer",
     "rwkv4",
     "rwkv5",
     "rwkv6",
+    "slab",
     "striped_hyena",
+    "tokenformer",
     "transformer",
 )
 PROSE = "It was the best of times, it was the worst of times.\n" * 80

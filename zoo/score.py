@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from xexport.core.checkpoint import open_checkpoint
+from xexport.core.contract import contract_of
 from xexport.core.errors import InputError, XexportError
 from xexport.core.registry import get_family
 from xexport.core.state import zero_state
@@ -83,7 +84,7 @@ def bits_of_stream(
     """Bits per byte of the chunk form, its state carried from chunk to chunk.
 
     Args:
-        module: the chunk form: (tokens [B,T], *state) -> (logits, *state).
+        module: the chunk form, (tokens [B,T], *state) -> (logits, *state), or a causal whole form.
         text: uint8 [N], N >= 2.
         chunk: bytes per call.
         rows: the text is cut into this many streams that run together, each from the initial state.
@@ -96,12 +97,14 @@ def bits_of_stream(
     length = math.ceil(len(text) / rows)
     if limit is not None:
         length = min(length, limit)
+    specs = module.state_spec() if contract_of(module).streams else ()
+    chunk = chunk if specs else length  # a whole form has no state to go on from
     total, parts = 0.0, [text[i : i + length] for i in range(0, len(text), length)]
     for same in _by_length([torch.from_numpy(p.astype(np.int64)) for p in parts]):
         for at in range(0, len(same), max(rows, 1)):
             block = torch.stack([r for _, r in same[at : at + max(rows, 1)]])
             total += 8.0 * len(block)
-            state = [torch.from_numpy(s) for s in zero_state(module.state_spec(), len(block))]
+            state = [torch.from_numpy(s) for s in zero_state(specs, len(block))]
             for start in range(0, block.shape[1] - 1, chunk):
                 inputs = block[:, start : min(start + chunk, block.shape[1] - 1)]
                 logits, *state = module(inputs, *state)
