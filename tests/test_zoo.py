@@ -39,7 +39,6 @@ SHIPPED = (
     "longnet",
     "m2_gpt",
     "mamba2",
-    "mamba_mixer",
     "megabyte",
     "performer",
     "reformer",

@@ -7,8 +7,9 @@ their RMS. The minimal graph is
     LayerNormalization [1,16,K] -> QuantizeLinear (uint16) -> DequantizeLinear -> MatMul (int8, a scale a
     column) -> QuantizeLinear -> DequantizeLinear
 
-Right are 1 to 15, 17 to 20, 24, 32, 48, 64, 80 and 128 rows, 8-bit activations, one scale for all weights,
-anything but a normalization in front, and the same rows as ``[2,8,K]``, which is what is done here.
+Right are 1, 2, 4, 8 to 15, 17, 18, 20, 24, 32, 48, 64, 80 and 128 rows (others were not tried), 8-bit
+activations, one scale for all weights, Add, Mul, Relu, Tanh, Sigmoid or RMSNormalization in front, and the
+same rows as ``[2,8,K]``, which is what is done here.
 """
 
 from __future__ import annotations
