@@ -239,7 +239,11 @@ def _bits(module: nn.Module, text: NDArray[np.uint8]) -> float:
     """Bits per byte over windows of 512 bytes, or of the model's maximum where that is less."""
     limit = getattr(getattr(module, "config", None), "max_tokens", None) or 512
     window = min(512, limit)
-    return bits_of_windows(module, text, window=window, overlap=window // 2)
+    module.eval()  # batch norms neither use nor take in what is scored
+    try:
+        return bits_of_windows(module, text, window=window, overlap=window // 2)
+    finally:
+        module.train()
 
 
 def _save_due(elapsed: float, every: float) -> bool:
@@ -272,7 +276,7 @@ def save_checkpoint(
     run: Run,
     corpus: Corpus,
 ) -> float:
-    """Write the weights as float16 with everything that tells how they came to be.
+    """Write the weights as float16 (where that holds them) with everything that tells how they came to be.
 
     The validation figure is of the rounded weights, the ones that are in the file, and what the file
     holds is read back through the family's loader before it replaces an older one.
@@ -284,7 +288,7 @@ def save_checkpoint(
 
     module = run.module
     tensors = {k: v.detach().cpu() for k, v in module.state_dict().items()}
-    tensors = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in tensors.items()}
+    tensors = {k: _rounded(v).contiguous() for k, v in tensors.items()}
     module.load_state_dict(tensors)
     bits = _bits(module, corpus.validation[:_SAMPLE])
     row = {
@@ -307,6 +311,14 @@ def save_checkpoint(
     family.load(RawCheckpoint(out, tensors, metadata))
     _write_whole(out, lambda where: save_file(tensors, where, metadata))
     return bits
+
+
+def _rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """As float16, but for whole numbers and what that can't hold (a running variance)."""
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    return half if bool(torch.isfinite(half).all()) else tensor
 
 
 def _preset(family: Family, name: str) -> Any:
