@@ -333,7 +333,7 @@ FAMILY = Family(
     config=SlabConfig,
     presets={
         "tiny": SlabConfig(29, 32, 2, 2, 48, norm_steps=8),
-        "zoo": SlabConfig(norm_steps=300),  # three quarters of the steps of its checkpoint
+        "zoo": SlabConfig(norm_steps=300),  # three quarters of a short run
         # the sizes of [2]'s Llama, with the paper's attention in it; the norms' steps are [2]'s too
         "350m": SlabConfig(32000, 1024, 18, 8, 4096, norm_steps=18000 * 16),
     },

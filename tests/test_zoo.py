@@ -29,7 +29,6 @@ from xexport.zoo.train import Recipe, main, train
 FAMILIES = ("hyena", "mamba", "retnet", "rwkv")
 SHIPPED = (
     *FAMILIES,
-    "aft",
     "block_transformer",
     "gtrxl",
     "hourglass",
@@ -45,7 +44,6 @@ SHIPPED = (
     "rwkv4",
     "rwkv5",
     "rwkv6",
-    "slab",
     "striped_hyena",
     "tokenformer",
     "transformer",
