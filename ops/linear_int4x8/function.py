@@ -2,60 +2,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx
 
 from xexport.core.op import Body, OpSpec
 from xexport.ops.builder import BodyBuilder
 
-__all__ = ["BLOCK", "SPEC"]
+__all__ = ["ATTRIBUTES", "BLOCK", "INPUTS", "SPEC", "float_scales", "nbits_body"]
 
 #: weights that share a scale
 BLOCK = 32
 
-_INPUTS = ("x", "weight", "scales")
-_ATTRIBUTES = {"K": "int", "N": "int"}
+INPUTS = ("x", "weight", "scales")
+ATTRIBUTES = {"K": "int", "N": "int"}
 #: 8-bit activations
 _ACCURACY_LEVEL = 4
 
 
-def _matmul_nbits(opset: int) -> onnx.FunctionProto:
-    g = BodyBuilder("linear_int4x8")
+def nbits_body(
+    name: str,
+    bits: int,
+    opset: int,
+    codes: Callable[[BodyBuilder, str], str],
+    scales: Callable[[BodyBuilder], str],
+) -> onnx.FunctionProto:
+    """The product of interleaved rows as one MatMulNBits.
+
+    Args:
+        name: of the operator ``(x, weight, scales) -> y`` with the attributes K and N.
+        bits: of the codes as MatMulNBits reads them.
+        codes: given the number of blocks (1-D), ``[groups, 8, blocks, ...]`` with a row's bytes in order.
+        scales: ``[groups, blocks, 8]`` float32.
+    """
+    g = BodyBuilder(name)
     blocks = g.op("Shape", "weight", start=1, end=2)
     count = g.op("Reshape", g.attribute("N", "int"), g.ints(1))
 
-    def rows(groups: str, perm: list[int], *shape: str) -> str:
+    def rows(turned: str, *shape: str) -> str:
         """The first N rows, each in one piece."""
-        turned = g.op("Transpose", groups, perm=perm)
         every = g.op("Reshape", turned, g.op("Concat", g.ints(-1), blocks, *shape, axis=0))
         return g.op("Slice", every, g.ints(0), count, g.ints(0))
 
     g.op(
         "MatMulNBits",
         "x",
-        rows("weight", [0, 3, 1, 2, 4], g.ints(BLOCK // 2)),
-        rows(g.op("Cast", "scales", to=onnx.TensorProto.FLOAT), [0, 2, 1]),
+        rows(codes(g, blocks), g.ints(BLOCK * bits // 8)),
+        rows(g.op("Transpose", scales(g), perm=[0, 2, 1])),
         out="y",
         domain="com.microsoft",
-        same=_ATTRIBUTES,
-        bits=4,
+        same=ATTRIBUTES,
+        bits=bits,
         block_size=BLOCK,
         accuracy_level=_ACCURACY_LEVEL,
     )
     return g.function(
-        "linear_int4x8",
-        _INPUTS,
-        ("y",),
-        opset,
-        attributes=tuple(_ATTRIBUTES),
-        imports=[("com.microsoft", 1)],
+        name, INPUTS, ("y",), opset, attributes=tuple(ATTRIBUTES), imports=[("com.microsoft", 1)]
     )
+
+
+def _matmul_nbits(opset: int) -> onnx.FunctionProto:
+    return nbits_body("linear_int4x8", 4, opset, _turned, float_scales)
+
+
+def _turned(g: BodyBuilder, _: str) -> str:
+    return g.op("Transpose", "weight", perm=[0, 3, 1, 2, 4])
+
+
+def float_scales(g: BodyBuilder) -> str:
+    """The stored scales in float32."""
+    return g.op("Cast", "scales", to=onnx.TensorProto.FLOAT)
 
 
 SPEC = OpSpec(
     name="linear_int4x8",
-    inputs=_INPUTS,
+    inputs=INPUTS,
     outputs=("y",),
-    attributes=_ATTRIBUTES,
+    attributes=ATTRIBUTES,
     input_types={"weight": "U8", "scales": "F16"},
     bodies={
         "matmul_nbits": Body(

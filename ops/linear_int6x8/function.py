@@ -7,47 +7,17 @@ import onnx
 
 from xexport.core.op import Body, OpSpec
 from xexport.ops.builder import BodyBuilder
+from xexport.ops.linear_int4x8.function import ATTRIBUTES, INPUTS, float_scales, nbits_body
 
 __all__ = ["SPEC"]
 
-#: weights that share a scale
-_BLOCK = 32
-_INPUTS = ("x", "weight", "scales")
-_ATTRIBUTES = {"K": "int", "N": "int"}
-#: 8-bit activations
-_ACCURACY_LEVEL = 4
-
 
 def _matmul_nbits(opset: int) -> onnx.FunctionProto:
-    g = BodyBuilder("linear_int6x8")
-    blocks = g.op("Shape", "weight", start=1, end=2)
-    count = g.op("Reshape", g.attribute("N", "int"), g.ints(1))
+    return nbits_body("linear_int6x8", 8, opset, _turned, _quarter_scales)
 
-    def rows(turned: str, *shape: str) -> str:
-        """The first N rows, each in one piece."""
-        every = g.op("Reshape", turned, g.op("Concat", g.ints(-1), blocks, *shape, axis=0))
-        return g.op("Slice", every, g.ints(0), count, g.ints(0))
 
-    g.op(
-        "MatMulNBits",
-        "x",
-        rows(g.op("Transpose", _four_times_codes(g, blocks), perm=[0, 4, 1, 2, 3, 5]), g.ints(_BLOCK)),
-        rows(g.op("Transpose", _quarter_scales(g), perm=[0, 2, 1])),
-        out="y",
-        domain="com.microsoft",
-        same=_ATTRIBUTES,
-        bits=8,
-        block_size=_BLOCK,
-        accuracy_level=_ACCURACY_LEVEL,
-    )
-    return g.function(
-        "linear_int6x8",
-        _INPUTS,
-        ("y",),
-        opset,
-        attributes=tuple(_ATTRIBUTES),
-        imports=[("com.microsoft", 1)],
-    )
+def _turned(g: BodyBuilder, blocks: str) -> str:
+    return g.op("Transpose", _four_times_codes(g, blocks), perm=[0, 4, 1, 2, 3, 5])
 
 
 def _four_times_codes(g: BodyBuilder, blocks: str) -> str:
@@ -65,15 +35,14 @@ def _four_times_codes(g: BodyBuilder, blocks: str) -> str:
 
 
 def _quarter_scales(g: BodyBuilder) -> str:
-    scales = g.op("Cast", "scales", to=onnx.TensorProto.FLOAT)
-    return g.op("Mul", scales, g.const(0.25, np.float32))
+    return g.op("Mul", float_scales(g), g.const(0.25, np.float32))
 
 
 SPEC = OpSpec(
     name="linear_int6x8",
-    inputs=_INPUTS,
+    inputs=INPUTS,
     outputs=("y",),
-    attributes=_ATTRIBUTES,
+    attributes=ATTRIBUTES,
     input_types={"weight": "U8", "scales": "F16"},
     bodies={
         "matmul_nbits": Body(
