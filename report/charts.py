@@ -12,7 +12,6 @@ from xexport.core.manifest import Manifest
 from xexport.core.records import Drift, OpTimes, Record
 from xexport.report import format as fmt
 from xexport.report.entries import compared_latency, last_of
-from xexport.report.pareto import Point, front, points
 from xexport.report.tables import sizes_by_role
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "plotly_js",
     "position_times",
     "safe_label",
-    "scatter",
     "sizes",
     "trace",
 ]
@@ -53,63 +51,6 @@ def plotly_js() -> str:
 
     text: str = get_plotlyjs()
     return text
-
-
-def scatter(entries: Sequence[tuple[Manifest, Sequence[Record]]]) -> str | None:
-    """Bits per byte against step time, every runner of every bundle, with the Pareto front."""
-    found = points(entries)
-    if not found:
-        return None
-    traces = []
-    for index, model in enumerate(dict.fromkeys(p.model for p in found)):
-        group = [p for p in found if p.model == model]
-        colour = COLOURS[index % len(COLOURS)]
-        traces.append(_point_trace(model, group, colour))
-    best = front(found)
-    if len(best) > 1:
-        # hv: between two points of the front nothing better than the worse of them was measured
-        line = {"color": "rgba(128,128,128,.8)", "dash": "dot", "width": 1.5, "shape": "hv"}
-        traces.insert(
-            0,
-            trace("scatter", x=[p.ms for p in best], y=[p.bits for p in best], mode="lines", line=line,
-                   name="Pareto front", hoverinfo="skip"),
-        )  # fmt: skip
-    layout = {
-        "xaxis": log_axis("step time, median (ms) – less is better", [p.ms for p in found], room=1.25),
-        "yaxis": {"title": {"text": "bits per byte – less is better"}, "range": _span(found)},
-        "height": 430,
-    }
-    return figure_json(traces, layout)
-
-
-def _span(found: Sequence[Point]) -> list[float]:
-    """The range of bits per byte shown: at least half a per cent, so that equal looks equal."""
-    low, high = min(p.bits - p.error for p in found), max(p.bits + p.error for p in found)
-    extra = max(0.12 * (high - low), 0.0025 * high)
-    return [low - extra, high + extra]
-
-
-def _point_trace(model: str, group: list[Point], colour: str) -> Any:
-    symbols = {"torch": "circle-open", "onnx": "diamond-open", "bundle": "circle"}
-    return trace(
-        "scatter",
-        x=[p.ms for p in group],
-        y=[p.bits for p in group],
-        mode="markers+text",
-        name=model,
-        text=[p.label for p in group],
-        textposition=["bottom right" if p.runner == "bundle" else "top right" for p in group],
-        marker={
-            "color": colour,
-            "size": 13,
-            "symbol": [symbols[p.runner] for p in group],
-            "line": {"width": 2},
-        },
-        error_y={"type": "data", "array": [p.error for p in group], "thickness": 1, "width": 3},
-        customdata=[[p.detail] for p in group],
-        hovertemplate="<b>%{text}</b><br>%{x:.3g} ms, %{y:.4f} bits per byte<br>%{customdata[0]}"
-        "<extra>%{fullData.name}</extra>",
-    )
 
 
 def drift_kl(records: Sequence[Record], unit: str = "token") -> str | None:

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,17 +50,14 @@ def render_html(
     """
     if not entries:
         raise InputError("a report needs at least one bundle")
-    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
     import xexport
-    from xexport.report import charts, charts_along
+    from xexport.report import charts, charts_along, charts_pareto
 
-    loader = FunctionLoader(_asset)
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     both = [Entry(*e) for e in entries]
     figures = _Figures()
-    scatter = figures.add("scatter", charts.scatter(both))
+    scatter = figures.add("scatter", charts_pareto.scatter(both))
     rivals = rivals_of(both)
     steps_along = figures.add("steps-along", charts_along.steps_along(rivals))
     state_along = figures.add("state-along", charts_along.state_along(rivals))
@@ -67,7 +65,7 @@ def render_html(
     plotly, script = charts.plotly_js() if figures.count else "", _asset("report.js")
     manifests = [e.manifest for e in both]
     # The marked values are the package's own constants, or JSON made safe by charts.py.
-    return page.get_template("report.html.j2").render(
+    text: str = _template().render(
         title=title_of(manifests),
         subtitle=subtitle(manifests[0]) if len(both) == 1 else _MANY if details else "",
         several=len(both) > 1,
@@ -86,6 +84,17 @@ def render_html(
         state_along=state_along,
         bundles=bundles,
     )
+    return text
+
+
+@cache
+def _template() -> Any:
+    """The page, compiled once a process."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    loader = FunctionLoader(_asset)
+    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return page.get_template("report.html.j2")
 
 
 def write_html(

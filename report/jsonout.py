@@ -20,8 +20,8 @@ def summary(manifest: Manifest, records: Sequence[Record], bundle: str | None = 
     bytes{weights,state}, bits_per_byte{torch,onnx,bundle}, bits_per_byte_se, bits_lost{value,se,percent},
     kl{mean,median,p99,max}, same_top1, same_top1_se, max_error, tokens, chunk_error,
     latency{step_ms{p50,p90,p99}, decode_tokens_per_s, prefill_tokens_per_s, step_inputs, load_ms,
-    first_token_ms}, speedup{torch,onnx}, peak_rss, native_kernels, warnings[]. In the whole-sequence form
-    also form, fixed_length, passes{length: {ms, per_s}}.
+    first_token_ms, step_ms_at{position: median}}, speedup{torch,onnx}, peak_rss, native_kernels,
+    warnings[]. In the whole-sequence form also form, fixed_length, passes{length: {ms, per_s}}.
 
     Args:
         bundle: path to print; None: the name in the newest record.
@@ -166,6 +166,7 @@ def _latency(latency: Latency | None) -> dict[str, Any]:
         "step_inputs": latency.unit if latency else None,
         "load_ms": get(latency.load_ms) if latency else None,
         "first_token_ms": get(latency.first_token_ms) if latency else None,
+        "step_ms_at": {str(p.position): get(p.median_ms) for p in latency.positions} if latency else {},
     }
 
 

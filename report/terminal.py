@@ -151,6 +151,9 @@ def _speed(data: Record) -> list[tuple[str, str]]:
     unit = data.get("input_unit") or "token"
     step = step_text(unit, latency.get("step_inputs") or 1)
     rows += [] if whole else [(step, _named(latency.get("step_ms"), "ms"))]
+    if latency.get("step_ms_at") and "operators" in data:  # of a profile: an export's summary is long enough
+        medians = (f"{int(place):,}: {_number(ms)}" for place, ms in latency["step_ms_at"].items())
+        rows.append((f"{step} after", f"{'  '.join(medians)} ms"))
     for length, row in (data.get("passes") or {}).items():
         rows.append((f"a sequence of {length}", f"{_number(row['ms'])} ms, {row['per_s']:,.0f} a second"))
     for key, label in (("decode_tokens_per_s", "decode"), ("prefill_tokens_per_s", "prefill")):
