@@ -32,7 +32,8 @@ class Target:
             in order: files in exporter/passes/.
         inline: put the operators' bodies in the place of their nodes, for a runtime without local functions.
         full_placement: promise that the provider runs every node. ONNX Runtime is opened so that it refuses a
-            graph of which a node would fall back to the CPU; without the promise that is a warning.
+            graph of which a node would fall back to the CPU; without the promise that is a warning. No other
+            runtime can be held to that: only ``onnxruntime`` may promise.
         unroll: write the steps of every loop one after another, for a runtime without loops; static graphs
             only.
         lower: passes over the static graphs, in order: files in exporter/lower/, which put other standard
@@ -89,6 +90,8 @@ class Target:
         return asdict(self)
 
 
+#: the runtime that can be told to refuse a graph of which the provider leaves a node to the CPU
+_KEEPS_PROMISE = "onnxruntime"
 _TYPES: dict[str, type] = {
     "str": str,
     "int": int,
@@ -143,10 +146,23 @@ def parse_target(name: str, text: str) -> Target:
         target = Target(name=name, **row)
     except TypeError as error:
         raise TargetError(f"target {name!r} lacks a key", got=error) from error
-    if target.full_placement and target.provider == "CPUExecutionProvider":
+    if target.full_placement:
+        _check_promise(target)
+    return target
+
+
+def _check_promise(target: Target) -> None:
+    """Full placement can be promised where ONNX Runtime holds the provider to it, and nowhere else."""
+    if target.runtime != _KEEPS_PROMISE:
         raise TargetError(
-            f"target {name!r} promises that nothing falls back to the CPU, and is for the CPU",
+            f"target {target.name!r} promises full placement, and its runtime holds no provider to that",
+            got=f'full_placement = true, runtime = "{target.runtime}"',
+            allowed=f'runtime = "{_KEEPS_PROMISE}"',
+            fix="leave the key out",
+        )
+    if target.provider == "CPUExecutionProvider":
+        raise TargetError(
+            f"target {target.name!r} promises that nothing falls back to the CPU, and is for the CPU",
             got="full_placement = true",
             fix="leave the key out",
         )
-    return target

@@ -63,7 +63,7 @@ def test_every_node_that_fell_back_is_told_with_its_reason(idle: Path, setup: Se
 
 
 def test_a_fallback_is_loud_in_the_terminal_the_json_and_the_report(idle: Path) -> None:
-    brief = [str(idle), "--steps", "4", "--prefill", "8", "--threads", "1", "--quiet"]
+    brief = [str(idle), "--steps", "4", "--prefill", "8", "--position", "0", "--threads", "1", "--quiet"]
     result = CliRunner().invoke(cli, ["profile", *brief, "--json"])
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
@@ -103,6 +103,15 @@ def test_the_key_is_for_providers_that_are_not_the_cpu() -> None:
     with pytest.raises(TargetError, match="is for the CPU"):
         parse_target("x", f'{TOML}"CPUExecutionProvider"')
     assert not get_target("cpu-int8").full_placement
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime-web"])
+def test_a_promise_that_nothing_would_enforce_is_refused(runtime: str) -> None:
+    row = TOML.replace('"onnxruntime"', f'"{runtime}"')
+    with pytest.raises(TargetError, match="holds no provider to that") as caught:
+        parse_target("x", f'{row}"X"')
+    assert caught.value.got == f'full_placement = true, runtime = "{runtime}"'
+    assert caught.value.allowed == 'runtime = "onnxruntime"'
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +159,8 @@ def test_profile_and_validate_take_another_runtime_and_keep_its_rows_apart(make_
 
     bundle = make_toy_bundle("other", runtime="openvino", provider="CPU", target="openvino-fp32")
     run = ["--runtime", "cpu", "--json", "--quiet"]
-    done = CliRunner().invoke(cli, ["profile", str(bundle), "--steps", "4", "--prefill", "8", *run])
+    brief = ["--steps", "4", "--prefill", "8", "--position", "0"]
+    done = CliRunner().invoke(cli, ["profile", str(bundle), *brief, *run])
     assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
     assert record["runtime"] == "cpu"
