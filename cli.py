@@ -361,8 +361,22 @@ def validate(bundle: Path, eval_text: Path | None, runtime: str | None, as_json:
 @cli.command()
 @click.argument("bundle", type=_PATH)
 @click.option("--threads", type=int, default=None, help="0 takes every core.")
-@click.option("--steps", type=int, default=None, help="How many single tokens to time.")
-@click.option("--prefill", type=int, multiple=True, help="Length of a prefill to time; may be repeated.")
+@click.option("--steps", type=click.IntRange(1), metavar="N", help="How many single tokens to time.")
+@click.option(
+    "--prefill",
+    type=click.IntRange(1),
+    multiple=True,
+    metavar="N",
+    help="Length of a prefill to time; may be repeated.",
+)
+@click.option(
+    "--position",
+    "positions",
+    type=click.IntRange(0),
+    multiple=True,
+    metavar="N",
+    help="Time steps after N tokens of a stream too; may be repeated. [default: 100, 1000, 1900]",
+)
 @_runtime_option
 @_json_option
 @_quiet_option
@@ -371,23 +385,31 @@ def profile(
     threads: int | None,
     steps: int | None,
     prefill: tuple[int, ...],
+    positions: tuple[int, ...],
     runtime: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Time BUNDLE on this machine.
 
-    Single tokens, prefill, loading, memory, where the time goes by operator, and which execution
-    provider ran which nodes.
+    Single tokens, also far along a stream, prefill, loading, memory, where the time goes by operator,
+    and which execution provider ran which nodes.
 
     \b
     xexport profile rwkv-cpu-int8 --threads 1 --steps 500 --prefill 64 --prefill 512
+    xexport profile transformer-cpu-int8 --position 100 --position 1900
     """
     from xexport import pipeline
 
     with _working(quiet) as progress:
         record = pipeline.profile(
-            bundle, threads=threads, steps=steps, prefill=prefill or None, runtime=runtime, progress=progress
+            bundle,
+            threads=threads,
+            steps=steps,
+            prefill=prefill or None,
+            positions=positions or None,
+            runtime=runtime,
+            progress=progress,
         )
     _print("profile", record, as_json)
 

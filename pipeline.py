@@ -225,7 +225,8 @@ def _export_into(
     if exact:
         decisions, _ = _lower(graph, source, target, output.scratch, refusals, progress, None)
     inline = exact and target.inline
-    written = write_graph(graph, fp32, target.bodies, target.why, progress, inline=inline)
+    title = "write weights" if exact else "write exact weights to compare with"
+    written = write_graph(graph, fp32, target.bodies, target.why, progress, inline=inline, title=title)
 
     progress.stage("verify against PyTorch")
     module = source.eager(lean=True)
@@ -594,15 +595,24 @@ def profile(
     threads: int | None = None,
     steps: int | None = None,
     prefill: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
     runtime: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Time a bundle on this machine: steps, prefill, load, memory, operators, placement, bandwidth.
 
-    ``runtime`` (runtimes/opening.py) runs it instead of the bundle's own; its rows are kept apart.
+    Args:
+        threads: 0 takes every core.
+        steps: how many single tokens are timed.
+        prefill: lengths of prompts.
+        positions: where in the stream steps are timed again, the way there fed in chunks.
+        runtime: what runs it instead of the bundle's own (runtimes/opening.py); its rows are kept apart.
+        progress: told what is going on.
 
     Raises:
         BundleError, RuntimeFailure: it can't be opened or run.
+        InputError: numbers that are too small, or a position that its stream does not reach.
+        FormError: positions of a model in the whole-sequence form.
     """
     from xexport.evaluate import suite
     from xexport.evaluate.corpus import read_corpus
@@ -612,8 +622,8 @@ def profile(
     try:
         bundle = load(bundle_path, verify=False)
         sizes = suite.sizes_for(bundle.manifest.model.parameters)
-        sizes = replace(sizes, steps=steps or sizes.steps, prefill=tuple(prefill or sizes.prefill))
         model = bundle.manifest.model
+        sizes = suite.sizes_asked(sizes, model.contract, steps=steps, prefill=prefill, positions=positions)
         corpus = read_corpus(bundle.tokenizer(), model.vocab_size, count=1 << 13, inputs=model.input)
         setup = suite.setup_for(bundle.manifest, bundle.path.name, corpus, threads, runtime)
         rows = suite.speed(bundle, {}, corpus, setup, sizes, progress, threads=threads or 0, runtime=runtime)

@@ -65,7 +65,8 @@ def compare_and_drift(
     unit = fed.unit
     ends = [unit * end for end in window_stops(fed.length // unit, windows, spacing)]
     stops = fed.stops(chunk, ends)
-    progress.stage(f"fidelity and drift on {fed.length} {reference.contract.inputs.unit}s", len(stops))
+    length = f"{fed.length} {reference.contract.inputs.unit}s"
+    progress.stage(f"fidelity and drift against {reference_name} on {length}", len(stops))
     courses = {name: _Course() for name in candidates}
     for compared in stream_compared(reference, candidates, fed, stops):
         truth = reference.state() if compared.stop in ends else None

@@ -47,7 +47,9 @@ def compare(
     progress = progress or Silent()
     fed = prepare({reference_name: reference, **candidates}, tokens)
     stops = fed.stops(chunk)
-    progress.stage(f"fidelity on {fed.length} {reference.contract.inputs.unit}s", len(stops))
+    progress.stage(
+        f"fidelity against {reference_name} on {fed.length} {reference.contract.inputs.unit}s", len(stops)
+    )
     parts: dict[str, list[TokenMetrics]] = {name: [] for name in candidates}
     for compared in stream_compared(reference, candidates, fed, stops):
         for name, metrics in compared.metrics.items():

@@ -17,6 +17,7 @@ from xexport.core.records import AtPosition, Latency, PairedLatency, Prefill, Se
 from xexport.core.runner import Runner
 
 __all__ = [
+    "SAMPLES",
     "Source",
     "measure_latency",
     "paired_latency",
@@ -27,7 +28,29 @@ __all__ = [
     "walk_to",
 ]
 
+#: steps timed at each position of a stream
+SAMPLES = 20
 
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No garbage collection while timing: its pauses are the harness's, not the model's.
+
+    It collects once before; inside of another one nothing happens. In a process with a lot in it a
+    collection takes a second, longer than what many of these calls time.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@quiet()
 def measure_latency(
     runner: Runner,
     tokens: Sequence[int] | Any,
@@ -38,7 +61,7 @@ def measure_latency(
     prefill: Sequence[int] = (128, 512),
     repeats: int = 5,
     positions: Sequence[int] = (),
-    samples: int = 20,
+    samples: int = SAMPLES,
     open_runner: Callable[[], Runner] | None = None,
     loads: int = 3,
     prompt: int = 32,
@@ -72,12 +95,13 @@ def measure_latency(
         steps = limit - warmup
     lengths = contract.lengths(n for n in prefill if limit is None or n <= limit * unit)
     places = [contract.nearest(p) for p in positions if limit is None or p + samples * unit <= limit * unit]
-    progress.stage("latency", 1 + len(lengths) + len(places) + (loads if open_runner else 0))
+    progress.stage(
+        f"latency of {setup.runner}", 1 + len(lengths) + len(places) + (loads if open_runner else 0)
+    )
 
     runner.reset()
-    with quiet():
-        time_steps(runner, source, warmup)
-        step_ns = time_steps(runner, source, steps)
+    time_steps(runner, source, warmup)
+    step_ns = time_steps(runner, source, steps)
     progress.advance()
     calls = []
     for length in lengths:
@@ -88,10 +112,11 @@ def measure_latency(
     runner.reset()
     far = []
     for place in sorted(places):
+        if runner.position > place:  # the last place was near: its steps went beyond this one
+            runner.reset()
         walk_to(runner, source, place)
-        with quiet():
-            time_steps(runner, source, 1)
-            far.append(AtPosition(place, time_steps(runner, source, samples - 1)))
+        time_steps(runner, source, 1)
+        far.append(AtPosition(place, time_steps(runner, source, samples - 1)))
         progress.advance()
     runner.reset()
     prompt = contract.nearest(prompt)
@@ -173,19 +198,6 @@ class Source:
         part = np.take(self._values, range(self._at, self._at + count), axis=0, mode="wrap")
         self._at = (self._at + count) % len(self._values)
         return np.ascontiguousarray(np.broadcast_to(part, (self._batch, *part.shape)))
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No garbage collection while timing: its pauses are the harness's, not the model's."""
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def time_steps(runner: Runner, source: Source, count: int) -> tuple[int, ...]:

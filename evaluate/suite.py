@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 
+from xexport.core.contract import Contract
+from xexport.core.errors import InputError
 from xexport.core.manifest import Manifest
 from xexport.core.progress import Progress
 from xexport.core.records import ChunkLaw, Record, Setup
@@ -18,13 +20,13 @@ from xexport.evaluate.chunks import chunk_law
 from xexport.evaluate.corpus import Corpus
 from xexport.evaluate.drift import compare_and_drift
 from xexport.evaluate.environment import make_setup
-from xexport.evaluate.latency import measure_latency, paired_latency
+from xexport.evaluate.latency import SAMPLES, measure_latency, paired_latency
 from xexport.evaluate.memory import measure_memory
 from xexport.evaluate.optimes import profile_ops
 from xexport.evaluate.whole import compare_whole, measure_passes, paired_passes, windows
 from xexport.runtimes.bundle import Bundle
 
-__all__ = ["Sizes", "accuracy", "law", "setup_for", "sizes_for", "speed"]
+__all__ = ["Sizes", "accuracy", "law", "setup_for", "sizes_asked", "sizes_for", "speed"]
 
 _LARGE = 50_000_000  # parameters
 _BUDGET = 8.0  # seconds of the slowest runner's time for each of fidelity and drift
@@ -58,6 +60,55 @@ def sizes_for(parameters: int, *runners: Runner) -> Sizes:
     affordable = int(_BUDGET / slowest) // 256 * 256
     tokens = max(512, min(sizes.fidelity_tokens, affordable))
     return replace(sizes, fidelity_tokens=tokens, drift_tokens=tokens)
+
+
+def sizes_asked(
+    sizes: Sizes,
+    contract: Contract,
+    *,
+    steps: int | None = None,
+    prefill: Sequence[int] | None = None,
+    positions: Sequence[int] | None = None,
+) -> Sizes:
+    """``sizes`` with what a user named in the place of its own.
+
+    Args:
+        contract: of the model that will be timed.
+        steps: single tokens to time, at least 1.
+        prefill: lengths of prompts, each at least 1.
+        positions: where in the stream steps are timed again; 0 is its beginning.
+
+    Raises:
+        InputError: a number that is too small, or a position that the model's stream does not reach.
+        FormError: positions of a model in the whole-sequence form.
+    """
+    asked = {
+        "steps": () if steps is None else (steps,),
+        "prefill": prefill or (),
+        "position": positions or (),
+    }
+    for name, values in asked.items():
+        least = 0 if name == "position" else 1
+        if values and min(values) < least:
+            raise InputError(f"--{name} is too small", got=min(values), allowed=f"{least} or more")
+    if positions:
+        contract.require_state("be timed at a position of a stream")
+        last = (
+            None if contract.max_tokens is None else contract.max_tokens - SAMPLES * contract.inputs.multiple
+        )
+        far = [p for p in positions if last is not None and p > last]
+        if far:
+            raise InputError(
+                f"the model's stream ends before --position {far[0]} is timed",
+                got=f"{far[0]}, and {SAMPLES} steps from there",
+                allowed=f"up to {last}: its longest stream is {contract.max_tokens}",
+            )
+    return replace(
+        sizes,
+        steps=steps or sizes.steps,
+        prefill=tuple(prefill or sizes.prefill),
+        positions=tuple(sorted(set(positions or sizes.positions))),
+    )
 
 
 def _seconds_per_token(runner: Runner) -> float:

@@ -47,6 +47,7 @@ def default_positions(limits: Sequence[int | None], *, rounds: int, steps: int) 
     return tuple(sorted({0, *early, *(e for e in ends if e > 0)}))
 
 
+@quiet()
 def measure_together(
     rivals: Mapping[str, Rival],
     *,

@@ -81,7 +81,7 @@ def compare_whole(
         Candidate name -> its row.
     """
     progress = progress or Silent()
-    progress.stage(f"fidelity on {len(pieces)} whole sequences", len(pieces))
+    progress.stage(f"fidelity against {reference_name} on {len(pieces)} whole sequences", len(pieces))
     parts: dict[str, list[TokenMetrics]] = {name: [] for name in candidates}
     scored = 0
     for piece in pieces:
@@ -112,6 +112,7 @@ def _scored(logits: NDArray[Any], targets: NDArray[Any] | None) -> NDArray[Any]:
     return logits if targets is None else logits[: len(targets)]
 
 
+@quiet()
 def measure_passes(
     runner: Runner,
     values: Sequence[int] | Any,
@@ -138,11 +139,10 @@ def measure_passes(
     progress = progress or Silent()
     source = Source(values, runner)
     wanted = sorted(runner.contract.lengths(lengths))
-    progress.stage("latency", len(wanted) + (loads if open_runner else 0))
+    progress.stage(f"latency of {setup.runner}", len(wanted) + (loads if open_runner else 0))
     passes = []
     for length in wanted:
-        with quiet():
-            samples = [_timed(runner, source, length) for _ in range(repeats + 1)]
+        samples = [_timed(runner, source, length) for _ in range(repeats + 1)]
         passes.append(Prefill(length, tuple(samples[1:])))  # the first call of a length allocates
         progress.advance()
     first = wanted[0]

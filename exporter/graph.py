@@ -69,15 +69,17 @@ def write_graph(
     progress: Progress,
     *,
     inline: bool = False,
+    title: str = "write weights",
 ) -> Written:
     """Attach the operators' bodies and write graph and weights.
 
-    With ``inline`` the bodies take the place of their nodes, for a runtime without local functions.
+    With ``inline`` the bodies take the place of their nodes, for a runtime without local functions. ``title``
+    is what ``progress`` calls the writing.
     """
     lowerings = attach_functions(model, bodies, why)
     if inline:
         InlinePass()(model)
-    files = write_model(model, folder, progress)
+    files = write_model(model, folder, progress, title=title)
     return Written(tuple(files), tuple(lowerings))
 
 

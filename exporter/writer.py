@@ -21,21 +21,24 @@ __all__ = ["DATA_NAME", "GRAPH_NAME", "file_entry", "write_graphs", "write_model
 
 GRAPH_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
+_TITLE = "write weights"
 _ALIGN = 64  # bytes: one cache line, and what SIMD loads want
 _INLINE = 1024  # bytes: smaller tensors stay in the .onnx, where they are easy to read
 _BLOCK = 1 << 24
 
 
-def write_model(model: ir.Model, folder: Path, progress: Progress | None = None) -> list[FileEntry]:
+def write_model(
+    model: ir.Model, folder: Path, progress: Progress | None = None, *, title: str = _TITLE
+) -> list[FileEntry]:
     """Write ``model.onnx`` and ``model.onnx.data`` into an existing folder.
 
     Afterwards every large initializer of ``model`` is an external tensor that points at the
-    written file, so the model holds no weights in memory.
+    written file, so the model holds no weights in memory. ``title`` is what the stage is called.
 
     Raises:
         OutputError: the disk is full or the folder can't be written.
     """
-    return write_graphs(model, folder, lambda: [(GRAPH_NAME, model)], progress)
+    return write_graphs(model, folder, lambda: [(GRAPH_NAME, model)], progress, title=title)
 
 
 def write_graphs(
@@ -43,6 +46,8 @@ def write_graphs(
     folder: Path,
     graphs: Callable[[], Iterable[tuple[str, ir.Model]]],
     progress: Progress | None = None,
+    *,
+    title: str = _TITLE,
 ) -> list[FileEntry]:
     """Write the weights of ``model`` once, and graphs that read them.
 
@@ -58,7 +63,7 @@ def write_graphs(
     for value in model.graph.initializers.values():
         if not _is_large(value):
             _inline(value)
-    progress.stage("write weights", total=len(values))
+    progress.stage(title, total=len(values))
     entries = []
     try:
         data = [_write_data(values, folder, progress)] if values else []

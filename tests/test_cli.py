@@ -18,6 +18,7 @@ from xexport.cli import cli
 from xexport.core.errors import ExportError
 
 ToyMaker = Callable[..., Path]
+_PROFILED = ("threads", "steps", "prefill", "positions", "runtime")
 DEV = Path(__file__).resolve().parents[1] / ".dev"
 
 SUMMARY: dict[str, Any] = {
@@ -268,7 +269,7 @@ def test_validate_profile_and_report_pass_their_arguments_on(monkeypatch: pytest
         return {"chunk_error": 1e-6, "odd": {"deep": [1, 2]}}
 
     def profile(path: Path, *, progress: Any, **options: Any) -> dict[str, Any]:
-        calls.append((path, *(options.pop(name) for name in ("threads", "steps", "prefill", "runtime"))))
+        calls.append((path, *(options.pop(name) for name in _PROFILED)))
         assert not options
         return {"latency": SUMMARY["latency"]}
 
@@ -285,11 +286,13 @@ def test_validate_profile_and_report_pass_their_arguments_on(monkeypatch: pytest
         "profile", "b", "--threads", "1", "--steps", "9", "--prefill", "64", "--prefill", "128", "--json"
     )
     assert json.loads(two.stdout)["latency"]["load_ms"] == 80.0
+    assert _run("profile", "b", "--position", "0", "--position", "300").exit_code == 0
     three = _run("report", "a", "b", "-o", "r.html")
     assert "r.html" in three.stdout
     assert calls == [
         (Path("b"), Path("t"), "cpu"),
-        (Path("b"), 1, 9, (64, 128), None),
+        (Path("b"), 1, 9, (64, 128), None, None),
+        (Path("b"), None, None, None, (0, 300), None),
         (Path("a"), Path("b"), Path("r.html")),
     ]
 

@@ -278,6 +278,15 @@ def test_json_object_has_every_figure(exporter: Any, family: str) -> None:
     assert (folder / "report.html").stat().st_size > 100_000
 
 
+@pytest.mark.parametrize("target", ["cpu-fp32", "cpu-int8"])
+def test_every_stage_of_an_export_has_a_name_of_its_own(exporter: Any, target: str) -> None:
+    """cpu-int8 writes the exact weights first; bundle, PyTorch and ONNX are each timed."""
+    stages = exporter.stages(TIMED[0], target)
+    assert sorted(stages) == sorted(set(stages))
+    timed = {"latency of bundle", "latency of torch", "latency of onnx"} if target == "cpu-int8" else set()
+    assert timed | {"write weights"} <= set(stages)
+
+
 @each_export
 def test_exactness_is_reported(
     exporter: Any, family: str, target: str, record_property: Callable[[str, object], None]

@@ -11,12 +11,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from xexport.core.errors import InputError, RuntimeFailure
+from xexport.core.contract import Contract
+from xexport.core.errors import FormError, InputError, RuntimeFailure
 from xexport.core.records import AtPosition, Bandwidth, Latency, PairedLatency, Prefill, Setup
 from xexport.evaluate.bandwidth import measure_bandwidth
 from xexport.evaluate.latency import measure_latency, paired_latency
 from xexport.evaluate.memory import measure_memory
 from xexport.evaluate.optimes import parse_profile, profile_ops
+from xexport.evaluate.suite import Sizes, sizes_asked
 
 TOKENS = list(range(16))
 
@@ -80,6 +82,40 @@ def test_times_are_those_of_the_runner(fake_runner: Any, setup: Setup) -> None:
     assert 2.0 <= row.step_ms(50) < 200.0
     assert row.step_ms(99) >= row.step_ms(50)
     assert 4 / 0.2 < row.prefill_tokens_per_s <= 4 / 0.002
+
+
+def test_positions_next_to_each_other_are_each_timed_where_they_are(fake_runner: Any, setup: Setup) -> None:
+    """The steps at 40 go beyond 42: the stream begins again."""
+    runner = fake_runner()
+    measure_latency(runner, TOKENS, setup=setup, warmup=0, steps=1, prefill=(), positions=(42, 40), samples=4)
+    assert runner.calls == [1, 40, *[1] * 4, 42, *[1] * 4]
+
+
+def test_what_a_user_asks_for_takes_the_place_of_the_usual() -> None:
+    sizes, contract = Sizes(), Contract(max_tokens=100)
+    asked = sizes_asked(sizes, contract, steps=3, positions=(60, 0, 60))
+    assert (asked.steps, asked.positions, asked.prefill) == (3, (0, 60), sizes.prefill)
+    assert sizes_asked(sizes, contract, prefill=(7,)).prefill == (7,)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message", "got"),
+    [
+        ({"steps": 0}, "--steps is too small", 0),
+        ({"prefill": (8, 0)}, "--prefill is too small", 0),
+        ({"positions": (-1,)}, "--position is too small", -1),
+        ({"positions": (80, 81)}, "ends before --position 81", "81, and 20 steps from there"),
+    ],
+)
+def test_what_can_not_be_timed_is_refused(asked: dict[str, Any], message: str, got: Any) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        sizes_asked(Sizes(), Contract(max_tokens=100), **asked)
+    assert caught.value.got == got
+
+
+def test_a_model_of_whole_sequences_has_no_positions() -> None:
+    with pytest.raises(FormError, match="position of a stream"):
+        sizes_asked(Sizes(), Contract(form="whole"), positions=(5,))
 
 
 def test_a_growing_cost_shows_at_later_positions(fake_runner: Any, setup: Setup) -> None:
