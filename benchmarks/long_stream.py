@@ -102,7 +102,7 @@ def measure(model: str, target: str, args: Any) -> dict[str, Any]:
     brief = Sizes(16, 16, chunk_tokens=8, steps=2, prefill=(4,), positions=(), timed=False)
     with tempfile.TemporaryDirectory(prefix="xexport-bench-") as folder:
         out = Path(folder) / f"{model}-{target}"
-        preset = None if checkpoint_path(model) else "tiny"
+        preset = None if checkpoint_path(model) and not args.quick else "tiny"
         xexport.export(model, target=target, preset=preset, out=out, sizes=brief)
         work = [out, args.far, args.rounds, args.repeat, args.threads, args.clock]
         command = [sys.executable, str(Path(__file__).resolve()), "--child", *map(str, work)]

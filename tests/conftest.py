@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from collections.abc import Callable, Generator
@@ -16,6 +17,8 @@ from xexport.core.contract import Contract
 ToyMaker = Callable[..., Path]
 
 TOY_DIM = 8
+#: the file whose tests run now
+_frozen_before: Path | None = None
 
 
 def _toy_graph(vocab: int, seed: int) -> Any:
@@ -270,6 +273,19 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exported"
     root.mkdir(exist_ok=True)
     return Exporter(root)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What an earlier file left in memory (torch, its graphs) is not looked through by every collection.
+
+    Late in a run that took over a second a time, and the tests that time something collect often.
+    """
+    global _frozen_before
+    if item.path != _frozen_before:
+        _frozen_before = item.path
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
