@@ -6,18 +6,19 @@ branch on the length, integers of 64 bits). An export for such a runtime is refu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from xexport.core.errors import ExportError
+from xexport.core.manifest import StateTensor
 from xexport.core.target import Target
 from xexport.runtimes.bundle import Bundle
 from xexport.runtimes.opening import CPU
 
-__all__ = ["require_agreement"]
+__all__ = ["furthest", "require_agreement"]
 
 _STEPS = 12
 _AT_ONCE = 24  # inputs of the first call, of a target that prepares no lengths
@@ -55,7 +56,7 @@ def require_agreement(bundle: Bundle, target: Target, before: Bundle | None = No
         values = contract.inputs.random(rng, 1, length, manifest.model.vocab_size)
         fed += length
         want, got = ({"logits": r.feed(values), **r.state()} for r in (here, there))
-        name, error = _furthest(want, got)
+        name, error = furthest(want, got, manifest.state)
         worst = max(worst, error)
         if not error <= target.agreement:
             raise ExportError(
@@ -68,12 +69,25 @@ def require_agreement(bundle: Bundle, target: Target, before: Bundle | None = No
     return {"against": "ONNX Runtime on the CPU", "error": worst, f"{contract.inputs.unit}s": fed}
 
 
-def _furthest(want: Mapping[str, npt.NDArray[Any]], got: Mapping[str, npt.NDArray[Any]]) -> tuple[str, float]:
-    """The tensor that differs most, and by how much; nan counts as infinitely far."""
+def furthest(
+    want: Mapping[str, npt.NDArray[Any]], got: Mapping[str, npt.NDArray[Any]], state: Sequence[StateTensor]
+) -> tuple[str, float]:
+    """The tensor that differs most, and by how much of its RMS; nan counts as infinitely far.
+
+    Args:
+        want, got: logits and state by name, of one shape each.
+        state: what is known of the state: of a cache, the RMS is that of the rows in use. Most of a cache is
+            empty at first, and would make of a rounding error a large one.
+    """
     errors: dict[str, float] = {}
+    caches = {s.name: s.appended for s in state if s.appended is not None}
     for name, w in want.items():
         wide, other = w.astype(np.float64), got[name].astype(np.float64)
-        scale = max(float(np.sqrt(np.mean(wide**2))), 1e-3)
+        cache, used = caches.get(name), wide
+        if cache is not None:
+            rows = min(int(want[cache.position][0]), wide.shape[cache.axis])
+            used = wide.take(range(max(rows, 1)), axis=cache.axis)
+        scale = max(float(np.sqrt(np.mean(used**2))), 1e-3)
         errors[name] = float(np.nan_to_num(np.abs(wide - other).max() / scale, nan=np.inf))
     name = max(errors, key=errors.__getitem__)
     return name, errors[name]

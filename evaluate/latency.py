@@ -94,7 +94,8 @@ def measure_latency(
         warmup = min(warmup, limit // 4)
         steps = limit - warmup
     lengths = contract.lengths(n for n in prefill if limit is None or n <= limit * unit)
-    places = [contract.nearest(p) for p in positions if limit is None or p + samples * unit <= limit * unit]
+    reached = [p for p in positions if limit is None or p + samples * unit <= limit * unit]
+    places = [contract.nearest(p) if p else 0 for p in reached]
     progress.stage(
         f"latency of {setup.runner}", 1 + len(lengths) + len(places) + (loads if open_runner else 0)
     )

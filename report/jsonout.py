@@ -20,8 +20,9 @@ def summary(manifest: Manifest, records: Sequence[Record], bundle: str | None = 
     bytes{weights,state}, bits_per_byte{torch,onnx,bundle}, bits_per_byte_se, bits_lost{value,se,percent},
     kl{mean,median,p99,max}, same_top1, same_top1_se, max_error, tokens, chunk_error,
     latency{step_ms{p50,p90,p99}, decode_tokens_per_s, prefill_tokens_per_s, step_inputs, load_ms,
-    first_token_ms, step_ms_at{position: median}}, speedup{torch,onnx}, peak_rss, native_kernels,
-    warnings[]. In the whole-sequence form also form, fixed_length, passes{length: {ms, per_s}}.
+    first_token_ms, step_ms_at{position: median}}, speedup{torch,onnx}, peak_rss, native_kernels (None where
+    they have no part), warnings[]. In the whole-sequence form also form, fixed_length, passes{length: {ms,
+    per_s}}.
 
     Args:
         bundle: path to print; None: the name in the newest record.
@@ -43,7 +44,7 @@ def summary(manifest: Manifest, records: Sequence[Record], bundle: str | None = 
         **_whole(manifest, records),
         "speedup": _speedups(records),
         "peak_rss": memory.peak_rss if memory else None,
-        "native_kernels": manifest.environment.get("native_kernels"),
+        "native_kernels": _kernels(manifest),
         "warnings": warnings_of(manifest, records),
     }
 
@@ -153,6 +154,14 @@ def _fidelity(records: Sequence[Record], bundle: Fidelity | None) -> dict[str, A
             "tokens": bundle.tokens,
         }
     return row
+
+
+def _kernels(manifest: Manifest) -> bool | None:
+    """Whether our kernels were there at export; None of a bundle in which they have no part."""
+    on_cpu = (manifest.runtime, manifest.provider) == ("onnxruntime", "CPUExecutionProvider")
+    takes_part = on_cpu and manifest.target_row.get("format", "onnx") == "onnx"
+    found: bool | None = manifest.environment.get("native_kernels") if takes_part else None
+    return found
 
 
 def _latency(latency: Latency | None) -> dict[str, Any]:

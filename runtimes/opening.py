@@ -68,7 +68,9 @@ def open_engine(
             "this xexport doesn't have that runtime",
             got=name,
             allowed=", ".join(runtime_names()),
-            fix="upgrade xexport, or export for another target",
+            fix="upgrade xexport, or export for another target"
+            if runtime is None
+            else "name one of these; without --runtime the bundle's own runs it",
         )
     environment = environment_of(manifest) if name == manifest.runtime else _ELSEWHERE.get(name, "")
     engine: Engine

@@ -86,9 +86,12 @@ def test_times_are_those_of_the_runner(fake_runner: Any, setup: Setup) -> None:
 
 def test_positions_next_to_each_other_are_each_timed_where_they_are(fake_runner: Any, setup: Setup) -> None:
     """The steps at 40 go beyond 42: the stream begins again."""
-    runner = fake_runner()
-    measure_latency(runner, TOKENS, setup=setup, warmup=0, steps=1, prefill=(), positions=(42, 40), samples=4)
-    assert runner.calls == [1, 40, *[1] * 4, 42, *[1] * 4]
+    runner, near = fake_runner(), (42, 40, 0)
+    row = measure_latency(
+        runner, TOKENS, setup=setup, warmup=0, steps=1, prefill=(), positions=near, samples=4
+    )
+    assert runner.calls == [1, *[1] * 4, 36, *[1] * 4, 42, *[1] * 4]
+    assert [p.position for p in row.positions] == [0, 40, 42]
 
 
 def test_what_a_user_asks_for_takes_the_place_of_the_usual() -> None:

@@ -51,7 +51,7 @@ def apart(got: Any, want: Any) -> float:
     return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
 
 
-@pytest.mark.parametrize("family", ["rwkv", "mamba2"])
+@pytest.mark.parametrize("family", ["rwkv", "mamba2", "transformer"])
 def test_any_cut_is_near_the_cpu(made: Any, family: str) -> None:
     """At once (16 and 1 and 1), and with the long piece in another place."""
     bundle = made(family)

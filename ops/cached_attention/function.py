@@ -1,7 +1,10 @@
 """ONNX bodies of attention over a bounded cache.
 
-Both read only the ``pos + T`` rows in use: a cut of the cache is copied, the rest of it is never looked at.
+Two read only the ``pos + T`` rows in use: a cut of the cache is copied, the rest of it is never looked at.
 The new rows are scattered into the cache, which a runtime that does not alias input and output copies whole.
+The third, ``masked``, has no shape that depends on ``pos``: it reads all L rows of a cache and masks those
+that are not in use, and puts the new ones in place by a product with ones and zeros. What an empty row of a
+cache holds must be finite.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ __all__ = ["SPEC"]
 
 _INPUTS = ("q", "k", "v", "k_cache", "v_cache", "pos")
 _OUTPUTS = ("out", "new_k_cache", "new_v_cache")
+#: added to a score that must not count: e to that is 0, and 16-bit floats hold it
+_CLOSED = -3e4
 _ATTRIBUTES = {"heads": "int", "kv_heads": "int", "scale": "float"}
 
 
@@ -84,6 +89,47 @@ def _products(b: BodyBuilder) -> None:
     frame.finish(b.op("Transpose", out, perm=[0, 3, 1, 2, 4]))
 
 
+def _masked(b: BodyBuilder) -> None:
+    """Every shape follows from T and L: for runtimes that compile a graph for its shapes."""
+    heads, kv = (b.op("Unsqueeze", b.attribute(name, "int"), b.ints(0)) for name in ("heads", "kv_heads"))
+    lead, batch = b.op("Shape", "q", end=2), b.op("Shape", "q", end=1)
+    length, rows = b.op("Shape", "q", start=1, end=2), b.op("Shape", "k_cache", start=2, end=3)
+
+    def split(value: str, count: str) -> str:
+        """``[B,T,n*X]`` as ``[B,n,T,X]``."""
+        apart = b.op("Reshape", value, b.op("Concat", lead, count, b.ints(-1), axis=0))
+        return b.op("Transpose", apart, perm=[0, 2, 1, 3])
+
+    def numbered(count: str) -> str:
+        every = b.op("Range", b.const(0, np.int64), b.op("Squeeze", count), b.const(1, np.int64))
+        return b.op("Cast", every, to=onnx.TensorProto.INT32)
+
+    first = b.op("Cast", "pos", to=onnx.TensorProto.INT32)
+    here = b.op("Unsqueeze", b.op("Add", numbered(length), first), b.ints(1))  # [T,1]
+    places = b.op("Unsqueeze", numbered(rows), b.ints(0))  # [1,L]
+    one, zero = b.const(1.0, np.float32), b.const(0.0, np.float32)
+    chosen = b.op("Where", b.op("Equal", here, places), one, zero)  # [T,L]
+    spread = b.op("Transpose", chosen, perm=[1, 0])
+    kept = b.op("Sub", one, b.op("ReduceSum", spread, b.ints(1)))  # [L,1]
+    caches = {}
+    for name in ("k", "v"):
+        written = b.op("MatMul", spread, split(name, kv))
+        caches[name] = b.op("Add", b.op("Mul", f"{name}_cache", kept), written, out=f"new_{name}_cache")
+    query = b.op("Mul", split("q", heads), b.attribute("scale", "float"))  # [B,H,T,K]
+    grouped = b.op(
+        "Reshape", query, b.op("Concat", batch, kv, b.ints(-1), b.op("Shape", "k_cache", start=3), axis=0)
+    )
+    scores = b.op("MatMul", grouped, b.op("Transpose", caches["k"], perm=[0, 1, 3, 2]))
+    scores = b.op("Reshape", scores, b.op("Concat", batch, heads, length, rows, axis=0))
+    closed = b.op("Where", b.op("LessOrEqual", places, here), zero, b.const(_CLOSED, np.float32))
+    shares = b.op("Softmax", b.op("Add", scores, closed), axis=-1)
+    shares = b.op("Reshape", shares, b.op("Concat", batch, kv, b.ints(-1), rows, axis=0))
+    out = b.op("MatMul", shares, caches["v"])
+    out = b.op("Reshape", out, b.op("Concat", batch, heads, length, b.ints(-1), axis=0))
+    joined = b.op("Transpose", out, perm=[0, 2, 1, 3])
+    b.op("Reshape", joined, b.op("Concat", lead, b.ints(-1), axis=0), out="out")
+
+
 def _attention(b: BodyBuilder) -> None:
     """The standard operator. It takes its scale as an attribute that a function can hand on."""
     frame = _Frame(b)
@@ -122,6 +168,11 @@ SPEC = OpSpec(
             _body(_products),
             "two products and a softmax over the rows of the cache in use: every runtime has them, and heads "
             "that share keys don't repeat them",
+        ),
+        "masked": Body(
+            _body(_masked),
+            "no shape that depends on the position, for runtimes that compile a graph for its shapes: every "
+            "step reads and writes the whole cache",
         ),
         "attention": Body(
             _body(_attention),

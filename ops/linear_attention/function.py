@@ -27,7 +27,7 @@ from xexport.ops.builder import BodyBuilder
 
 __all__ = ["SPEC"]
 
-_Inside = Callable[[BodyBuilder, str, str, str, str], tuple[str, str, str, str]]
+_Inside = Callable[["_Chunk"], tuple[str, str, str, str]]
 
 _INPUTS = ("q", "k", "v", "state", "decay")
 _OUTPUTS = ("out", "new_state")
@@ -41,25 +41,45 @@ def _heads(b: BodyBuilder, x: str, lead: str) -> str:
     return b.op("Reshape", x, b.op("Concat", lead, heads, b.ints(-1), axis=0))
 
 
-def _inside(b: BodyBuilder, q: str, k: str, v: str, decay: str) -> tuple[str, str, str, str]:
-    """One chunk, or many at once: ``q, k, v [...,H,C,*]`` and ``decay [...,H,C,1]``.
-
-    Returns the output from inside the chunk ``[...,C,V]``, q faded for the state before it
-    ``[...,C,K]``, the state's increment ``[...,K,V]`` and its decay ``[...,1,1]``.
+class _Chunk(NamedTuple):
+    """One chunk, or many at once: ``q, k, v [...,H,C,*]`` and ``decay [...,H,C,1]`` or ``[...,H,C,K]``, all
+    of ``rank`` axes.
     """
+
+    b: BodyBuilder
+    rank: int
+    q: str
+    k: str
+    v: str
+    decay: str
+
+    def swap(self, x: str) -> str:
+        """The last two axes swapped."""
+        *lead, row, column = range(self.rank)
+        return self.b.op("Transpose", x, perm=[*lead, column, row])
+
+
+def _inside(chunk: _Chunk) -> tuple[str, str, str, str]:
+    """One decay a head.
+
+    Returns the output from inside the chunk ``[...,C,V]``, q faded for the state before it ``[...,C,K]``,
+    the state's increment ``[...,K,V]`` and its decay ``[...,1,1]``.
+    """
+    b, _, q, k, v, decay = chunk
     # one column, which it has: ONNX Runtime infers shapes in the branch that is never taken as well
     decay = b.op("Slice", decay, b.ints(0), b.ints(1), b.ints(-1))
     sums = _sums(b, decay)
-    lag = _difference(b, sums.running, [_swap(b, x) for x in sums.running])
+    lag = _difference(b, sums.running, [chunk.swap(x) for x in sums.running])
     fade = b.op("Exp", b.op("Min", lag, b.const(0.0, np.float32)))
-    scores = b.op("MatMul", q, _swap(b, k))
+    scores = b.op("MatMul", q, chunk.swap(k))
     out = b.op("MatMul", b.op("Mul", b.op("Trilu", fade, upper=0), scores), v)
     faded_q, faded_k, keep = _faded(b, q, k, sums)
-    return out, faded_q, b.op("MatMul", _swap(b, faded_k), v), keep
+    return out, faded_q, b.op("MatMul", chunk.swap(faded_k), v), keep
 
 
-def _inside_keys(b: BodyBuilder, q: str, k: str, v: str, decay: str) -> tuple[str, str, str, str]:
+def _inside_keys(chunk: _Chunk) -> tuple[str, str, str, str]:
     """The same for one decay a key, ``decay [...,H,C,K]``; the state's decay is ``[...,K,1]``."""
+    b, _, q, k, v, decay = chunk
     sums = _sums(b, decay)
     here, there = (b.ints(-2), b.ints(-3))
     lag = _difference(b, *([b.op("Unsqueeze", x, axis) for x in sums.running] for axis in (here, there)))
@@ -68,7 +88,7 @@ def _inside_keys(b: BodyBuilder, q: str, k: str, v: str, decay: str) -> tuple[st
     scores = b.op("ReduceSum", b.op("Mul", pairs, fade), b.ints(-1), keepdims=0)
     out = b.op("MatMul", b.op("Trilu", scores, upper=0), v)
     faded_q, faded_k, keep = _faded(b, q, k, sums)
-    return out, faded_q, b.op("MatMul", _swap(b, faded_k), v), _swap(b, keep)
+    return out, faded_q, b.op("MatMul", chunk.swap(faded_k), v), chunk.swap(keep)
 
 
 class _Sums(NamedTuple):
@@ -101,11 +121,6 @@ def _faded(b: BodyBuilder, q: str, k: str, sums: _Sums) -> tuple[str, str, str]:
     return b.op("Mul", q, fade_q), b.op("Mul", k, fade_k), b.op("Exp", b.op("Add", *sums.total))
 
 
-def _swap(b: BodyBuilder, x: str) -> str:
-    """The last two axes of ``x [n,B,H,.,.]`` swapped."""
-    return b.op("Transpose", x, perm=[0, 1, 2, 4, 3])
-
-
 def _chunks(b: BodyBuilder, x: str, padding: str, lead: str) -> str:
     """``x [B,T,H*X]`` as ``[n,B,H,C,X]``; ``lead`` is ``[B,n,C]``, ``padding`` what T lacks to n*C."""
     pads = b.op("Concat", b.ints(0, 0, 0, 0), padding, b.ints(0), axis=0)
@@ -129,7 +144,7 @@ def _whole(b: BodyBuilder, longest: int, inside: _Inside) -> onnx.GraphProto:
     padding = b.op("Sub", padded, length)
     q, k, v, decay = (_chunks(b, x, padding, lead) for x in ("q", "k", "v", "decay"))
     q = b.op("Mul", q, b.attribute("scale", "float"))
-    out, faded_q, increment, keep = inside(b, q, k, v, decay)
+    out, faded_q, increment, keep = inside(_Chunk(b, 5, q, k, v, decay))
     _, before = b.multi(
         "Scan",
         "state",
@@ -202,18 +217,17 @@ def _renamed(b: BodyBuilder) -> onnx.GraphProto:
 
 def _parallel_nodes(b: BodyBuilder, inside: _Inside, each: str) -> tuple[str, str]:
     """The chunk as one, with as many decays a head as ``each`` says: out and new_state."""
-    batch, length = (b.op("Shape", "q", start=i, end=i + 1) for i in (0, 1))
-    lead = b.op("Concat", b.ints(1), batch, length, axis=0)
+    lead = b.op("Shape", "q", end=2)
     heads = [_heads(b, x, lead) for x in ("q", "k", "v")]
     one = b.op("Unsqueeze", b.attribute("q_num_heads", "int"), b.ints(0))
     heads.append(b.op("Reshape", "decay", b.op("Concat", lead, one, each, axis=0)))
-    q, k, v, decay = (b.op("Transpose", x, perm=[0, 1, 3, 2, 4]) for x in heads)
+    q, k, v, decay = (b.op("Transpose", x, perm=[0, 2, 1, 3]) for x in heads)
     q = b.op("Mul", q, b.attribute("scale", "float"))
-    out, faded_q, increment, keep = inside(b, q, k, v, decay)
+    out, faded_q, increment, keep = inside(_Chunk(b, 4, q, k, v, decay))
     out = b.op("Add", out, b.op("MatMul", faded_q, "state"))
-    joined = b.op("Transpose", b.op("Squeeze", out, b.ints(0)), perm=[0, 2, 1, 3])
+    joined = b.op("Transpose", out, perm=[0, 2, 1, 3])
     state = b.op("Add", b.op("Mul", keep, "state"), increment)
-    return b.op("Reshape", joined, b.ints(0, 0, -1)), b.op("Squeeze", state, b.ints(0))
+    return b.op("Reshape", joined, b.ints(0, 0, -1)), state
 
 
 def _parallel(opset: int) -> onnx.FunctionProto:
