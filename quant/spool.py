@@ -22,15 +22,8 @@ class Spool:
         self._end = 0
         self._path.write_bytes(b"")
 
-    def put(
-        self,
-        name: str,
-        array: np.ndarray[Any, Any],
-        *,
-        dtype: ir.DataType | None = None,
-        shape: tuple[int, ...] | None = None,
-    ) -> ir.ExternalTensor:
-        """Store an array of a whole-byte dtype; ``dtype`` and ``shape`` if its bytes mean something else.
+    def put(self, name: str, array: np.ndarray[Any, Any]) -> ir.ExternalTensor:
+        """Store an array.
 
         Raises:
             OutputError: the disk is full.
@@ -47,8 +40,8 @@ class Spool:
             self._path.name,
             start,
             array.nbytes,
-            dtype or ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(shape or array.shape),
+            ir.DataType.from_numpy(array.dtype),
+            shape=ir.Shape(array.shape),
             name=name,
             base_dir=self._folder,
         )
