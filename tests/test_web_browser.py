@@ -55,12 +55,13 @@ def bundle(exporter: Any) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def gpu_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The same graph as a bundle for ONNX Runtime's WebGPU provider, as the targets webgpu-* say it."""
-    folder = tmp_path_factory.mktemp("bundles") / "rwkv-webgpu-fp32"
-    shutil.copytree(bundle.path, folder)
+def gpu_bundle(exporter: Any, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A graph with 4-bit weights as a bundle for ONNX Runtime's WebGPU provider, as `webgpu-int4` has it."""
+    need_environment("web")
+    folder = tmp_path_factory.mktemp("bundles") / "rwkv-webgpu-int4"
+    shutil.copytree(exporter("rwkv", "cpu-int4"), folder)
     manifest = msgspec.structs.replace(
-        bundle.manifest, target="webgpu-fp32", runtime="onnxruntime", provider="WebGpuExecutionProvider"
+        read_manifest(folder), target="webgpu-int4", runtime="onnxruntime", provider="WebGpuExecutionProvider"
     )
     (folder / MANIFEST_NAME).write_bytes(encode_manifest(manifest))
     return Bundle(folder, manifest)
@@ -237,16 +238,20 @@ def test_a_folder_that_can_not_be_opened(page: Any, make_toy_bundle: ToyMaker, t
     assert page.is_enabled("#go")
 
 
-def test_webgpu(page: Any, bundle: Bundle, gpu_bundle: Bundle) -> None:
-    """On SwiftShader, slow and exact."""
+def test_webgpu(page: Any, gpu_bundle: Bundle) -> None:
+    """On SwiftShader, slow and exact; after the prompt nothing but logits comes back from the device."""
     need_adapter(page)
+    assert any(d.format.startswith("int4 block") for d in gpu_bundle.manifest.decisions)
     page.evaluate("document.body.dataset.state = ''")
     page.select_option("#bundle", label=gpu_bundle.path.name)
     wait(page, "ready")
     assert "WebGPU" in page.inner_text("#status"), "a bundle for WebGPU begins there"
-    assert "webgpu-fp32" in page.inner_text("#facts")
+    assert "webgpu-int4" in page.inner_text("#facts")
     assert page.is_visible("#device")
-    assert generate(page, COUNT) == want(bundle, COUNT)
+    page.workers[-1].evaluate(_COUNT_DOWNLOADS)
+    assert generate(page, COUNT) == want(gpu_bundle, COUNT)
+    logits = -(-gpu_bundle.manifest.model.vocab_size // 4) * 16  # of float32, in buffers of whole 16 bytes
+    assert page.workers[-1].evaluate("self.downloads")[-COUNT:] == [logits] * COUNT
 
 
 _COUNT_DOWNLOADS = """() => {

@@ -12,7 +12,8 @@ export class Engine {
    * @param {object} ort the module onnxruntime-web
    * @param {import("./xexport.d.ts").Manifest} manifest
    * @param {string} provider "wasm" or "webgpu"
-   * @param {Map<number, object>} sessions length -> session; length 0 takes any
+   * @param {Map<number, object>} sessions length -> session; length 0 takes any. With both, a session of one length
+   *   takes the calls of one sequence that are exactly as long
    */
   constructor(ort, manifest, provider, sessions) {
     this.ort = ort;
@@ -23,7 +24,12 @@ export class Engine {
 
   /** Lengths of one call, largest first; `[0]` if a call may have any. */
   get lengths() {
-    return Array.from(this.sessions.keys()).sort((a, b) => b - a);
+    return this.sessions.has(0) ? [0] : Array.from(this.sessions.keys()).sort((a, b) => b - a);
+  }
+
+  /** The session for a call: its own length's, if there is one. */
+  session(batch, length) {
+    return (batch === 1 && this.sessions.get(length)) || this.sessions.get(0);
   }
 
   cell(batch) {
@@ -144,7 +150,7 @@ export class Cell {
     for (const size of this.#engine.lengths) {
       for (const step = size || length; at + step <= length; at += step) {
         const part = step === length ? data : data.slice(at * width, (at + step) * width);
-        yield { size, tensor: new this.#engine.ort.Tensor(dtype, part, [batch, step, ...rest]) };
+        yield new this.#engine.ort.Tensor(dtype, part, [batch, step, ...rest]);
       }
     }
     if (at < length) {
@@ -155,9 +161,9 @@ export class Cell {
     }
   }
 
-  async #call({ size, tensor }, state, keep) {
-    const { manifest, sessions, ort } = this.#engine;
-    const session = sessions.get(size);
+  async #call(tensor, state, keep) {
+    const { manifest, ort } = this.#engine;
+    const session = this.#engine.session(tensor.dims[0], tensor.dims[1]);
     const feeds = { ...state, [manifest.model.input?.name ?? "tokens"]: tensor };
     if (session.inputNames.includes(KEEP_INPUT)) {
       feeds[KEEP_INPUT] = new ort.Tensor("int64", BigInt64Array.of(BigInt(keep)), [1]);

@@ -33,8 +33,9 @@ const operations = {
     const rss = process.memoryUsage.rss();
     prefix = options.profile_prefix;
     ort ??= await loadOrt(process.argv[2]);
-    // the Python side has hashed the files, or was told not to
-    bundle = await openBundle(fromFolder(folder), { ort, threads, verify: false, profile: Boolean(prefix) });
+    // Node has no WebGPU; the Python side has hashed the files, or was told not to
+    const given = { ort, threads, provider: "wasm", verify: false, profile: Boolean(prefix) };
+    bundle = await openBundle(fromFolder(folder), given);
     const version = ort.env.versions.web ?? "";
     const provider = PROVIDERS[bundle.provider];
     return [{ runtime: "onnxruntime-web", version, provider, load_seconds: bundle.loadMs / 1000, rss }];

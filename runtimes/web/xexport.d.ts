@@ -193,6 +193,11 @@ export interface OpenOptions {
   verify?: boolean;
   /** Bytes read so far, and in all. */
   onProgress?: (done: number, total: number) => void;
+  /**
+   * On WebGPU, open a graph with branches on the length once more for single tokens, whose state then never leaves the
+   * device; the weights lie there twice. True by default.
+   */
+  steps?: boolean;
   /** Time every node (onnxruntime-web's enableProfiling). */
   profile?: boolean;
 }

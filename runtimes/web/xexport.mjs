@@ -95,7 +95,7 @@ async function checkProvider(provider) {
   }
 }
 
-async function openSessions(ort, manifest, graphs, files, { provider, threads = 0, profile = false }) {
+async function openSessions(ort, manifest, graphs, files, { provider, threads = 0, profile = false, steps = true }) {
   ort.env.logLevel = "error";
   if (threads > 0) ort.env.wasm.numThreads = threads;
   const external = Array.from(files).filter(([name]) => name.endsWith(".onnx.data"));
@@ -114,6 +114,12 @@ async function openSessions(ort, manifest, graphs, files, { provider, threads = 
     for (const [length, name] of graphs) {
       sessions.set(length, await ort.InferenceSession.create(files.get(name), options));
     }
+    const graph = files.get(manifest.graph);
+    if (steps && provider === "webgpu" && graphs.has(0) && manifest.model.form !== "whole" && branches(graph)) {
+      const unit = manifest.model.input?.multiple ?? 1;
+      const fixed = { ...options, freeDimensionOverrides: { B: 1, T: unit } };
+      sessions.set(unit, await ort.InferenceSession.create(graph, fixed));
+    }
   } catch (error) {
     for (const session of sessions.values()) await session.release();
     throw new RuntimeFailure(`onnxruntime-web can't open the graph with ${provider}`, {
@@ -123,6 +129,19 @@ async function openSessions(ort, manifest, graphs, files, { provider, threads = 
   }
   for (const session of sessions.values()) checkSignature(session, manifest);
   return sessions;
+}
+
+/**
+ * Whether a graph has a node `If`. An `If` is computed on the CPU, and what passes through it, the state too, is
+ * copied from the device and back. Most choose an operator's body by the length: where that is known, ONNX Runtime
+ * takes the branch when it opens the graph, and everything stays on the device.
+ */
+function branches(graph) {
+  const node = [0x22, 2, 0x49, 0x66]; // NodeProto.op_type, of two bytes: "If"
+  for (let at = graph.indexOf(node[0]); at >= 0; at = graph.indexOf(node[0], at + 1)) {
+    if (node.every((byte, i) => graph[at + i] === byte)) return true;
+  }
+  return false;
 }
 
 /** Refuse a graph whose state is not what the manifest says. */
