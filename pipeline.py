@@ -417,8 +417,7 @@ def _lower(
         values = qdq.places(graph)
         tapped = [str(v.name) for v in values]
         seen = calibrate(scratch / "model.onnx", tapped, text, source.specs, source.contract, progress)
-        wanted = scheme.activations
-        activations = qdq.insert(graph, values, seen, wanted.method, wanted.bits)
+        activations = qdq.insert(graph, values, seen, scheme.activations)
     refusals += fuse(graph, target.fuse)
     return decisions, activations
 

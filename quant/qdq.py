@@ -15,8 +15,11 @@ from xexport.core.manifest import Activation
 from xexport.exporter.constants import initializer
 from xexport.quant.formats.dequantize import QDQ_SUFFIX
 from xexport.quant.ranges import Histogram, Range, choose
+from xexport.quant.scheme import Activations
 
 __all__ = ["insert", "places"]
+
+_WIDE = 16
 
 
 def places(model: ir.Model) -> list[ir.Value]:
@@ -31,26 +34,49 @@ def places(model: ir.Model) -> list[ir.Value]:
 
 
 def insert(
-    model: ir.Model, values: Sequence[ir.Value], seen: Mapping[str, Histogram], method: str, bits: int
+    model: ir.Model, values: Sequence[ir.Value], seen: Mapping[str, Histogram], wanted: Activations
 ) -> list[Activation]:
     """Put a pair of nodes behind every value of :func:`places`; who read it reads the rounded value.
 
     Args:
         seen: histograms by the values' names.
-        method, bits: of quant/ranges.py; 8 or 16 bits.
+        wanted: method and bits, and where they don't do.
 
     Returns:
         A record a value.
     """
     records = []
+    wide = _coarse(values, seen, wanted)
     for value in values:
         name = value.name or ""
-        chosen = choose(seen[name], method, bits)
+        bits = _WIDE if value in wide else wanted.bits
+        chosen = choose(seen[name], wanted.method, bits)
         _round(model, value, chosen)
         records.append(
-            Activation(name, chosen.low, chosen.high, bits, method, seen[name].low, seen[name].high)
+            Activation(name, chosen.low, chosen.high, bits, wanted.method, seen[name].low, seen[name].high)
         )
     return records
+
+
+def _coarse(values: Sequence[ir.Value], seen: Mapping[str, Histogram], wanted: Activations) -> set[ir.Value]:
+    """What enters or leaves a product that needs 16 bits on one side, and so has them on both."""
+    if wanted.coarse is None:
+        return set()
+
+    def is_coarse(value: ir.Value) -> bool:
+        histogram = seen[value.name or ""]
+        return choose(histogram, wanted.method, wanted.bits).noise(histogram) > (wanted.coarse or 0.0)
+
+    wide = {value for value in values if is_coarse(value)}
+    sides = [_sides(node) for value in values for node, _ in value.uses() if _is_product(node)]
+    while more := {v for pair in sides if wide & set(pair) for v in pair} - wide:
+        wide |= more
+    return wide
+
+
+def _sides(product: ir.Node) -> tuple[ir.Value, ir.Value]:
+    assert product.inputs[0] is not None
+    return product.inputs[0], product.outputs[0]
 
 
 def _is_product(node: ir.Node) -> bool:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,12 @@ class Histogram:
         self.counts, self.limit = wider, 2 * self.limit
 
     @property
+    def rms(self) -> float:
+        """Root of the mean square, of the bins' middles."""
+        middles = (self.edges[1:] + self.edges[:-1]) / 2
+        return float(np.sqrt(np.sum(self.counts * middles**2) / max(int(self.counts.sum()), 1)))
+
+    @property
     def edges(self) -> Array:
         """The bins' borders."""
         return np.linspace(-self.limit, self.limit, 2 * _BINS + 1)
@@ -75,6 +82,10 @@ class Range:
     def scale(self) -> float:
         """Size of a step (float32)."""
         return float(np.float32(max(self.high - self.low, 1e-8) / (2**self.bits - 1)))
+
+    def noise(self, histogram: Histogram) -> float:
+        """What rounding puts a value off by (RMS of an even spread over a step), over the values' RMS."""
+        return self.scale / math.sqrt(12) / max(histogram.rms, 1e-12)
 
     @property
     def zero(self) -> int:

@@ -30,10 +30,15 @@ FORMATS = (
 
 @dataclass(frozen=True)
 class Activations:
-    """Fixed ranges around the products with int8-qdq weights: 8 or 16 bits, by one of ranges.METHODS."""
+    """Fixed ranges around the products with int8-qdq weights: 8 or 16 bits, by one of ranges.METHODS.
+
+    ``coarse``: where rounding would put a value off by more than this share of its RMS, what enters the
+    product and what leaves it has 16 bits. None: all have ``bits``.
+    """
 
     bits: int
     method: str
+    coarse: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,10 @@ def _activations(name: str, row: object) -> Activations | None:
     if row is None:
         return None
     found = dict(row) if isinstance(row, dict) else {}
-    made = Activations(int(found.get("bits", 0)), str(found.get("method", "")))
+    coarse = found.get("coarse")
+    made = Activations(
+        int(found.get("bits", 0)), str(found.get("method", "")), None if coarse is None else float(coarse)
+    )
     if made.bits not in (8, 16) or made.method not in METHODS:
         raise QuantError(
             f"scheme {name!r} has bad activations",

@@ -150,7 +150,8 @@ def _speed(data: Record) -> list[tuple[str, str]]:
     rows = [("form", "whole sequences only: it can't stream")] if whole else []
     unit = data.get("input_unit") or "token"
     step = step_text(unit, latency.get("step_inputs") or 1)
-    rows += [] if whole else [(step, _named(latency.get("step_ms"), "ms"))]
+    timed = any(_is_number(ms) for ms in (latency.get("step_ms") or {}).values())
+    rows += [(step, _named(latency["step_ms"], "ms"))] if timed and not whole else []
     if latency.get("step_ms_at") and "operators" in data:  # of a profile: an export's summary is long enough
         medians = (f"{int(place):,}: {_number(ms)}" for place, ms in latency["step_ms_at"].items())
         rows.append((f"{step} after", f"{'  '.join(medians)} ms"))

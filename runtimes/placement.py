@@ -88,6 +88,8 @@ def why_on_cpu(op: str, domain: str, wanted: str, taken: int, types: Iterable[st
     kinds = list(types)
     if domain == "xexport":
         return "our native kernel runs on the CPU alone"
+    if op == "If" and not domain:
+        return "its branch is chosen on the CPU; the nodes in it are placed by themselves"
     if kinds and set(kinds) <= _INTEGERS:
         return "it works on integers of shapes, which ONNX Runtime keeps on the CPU"
     of = f" of {', '.join(kinds)}" if kinds else ""

@@ -118,6 +118,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     why = placement.why_on_cpu
     assert why("wkv7", "xexport", "X", 0) == "our native kernel runs on the CPU alone"
     assert why("Scan", "", "X", 0) == "X takes none of it"
+    assert why("If", "", "X", 0, ["bool"]).startswith("its branch is chosen on the CPU")
     assert why("Cast", "", "X", 3, ["float16"]) == "X took 3 others of it, but not this one of float16"
     monkeypatch.setattr(placement, "_kernels", lambda _: frozenset({"MatMul"}))
     assert why("Scan", "", "X", 0) == "X has no kernel of it"

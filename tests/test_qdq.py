@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from tolerances import TOLERANCES
 
 import xexport
 from xexport.core.errors import QuantError
+from xexport.quant.formats.dequantize import QDQ_SUFFIX
+from xexport.quant.qdq import insert, places
 from xexport.quant.ranges import METHODS, Histogram, Range, choose
-from xexport.quant.scheme import get_scheme
+from xexport.quant.scheme import Activations, get_scheme
 from xexport.runtimes.bundle import Bundle
 
 
@@ -99,6 +102,40 @@ def test_the_manifest_records_every_range(bundle: Bundle) -> None:
     formats = {d.role: d.format for d in bundle.manifest.decisions}
     assert formats["projection"] == formats["head"] == "int8 per channel"
     assert formats["decay"] == "float32"
+
+
+def test_noise_is_that_of_rounding() -> None:
+    values = np.random.default_rng(3).standard_normal(200_000).astype(np.float32)
+    chosen = choose(seen(values), "min-max", 8)
+    off = np.sqrt(np.mean((rounded(values, chosen) - values) ** 2) / np.mean(values**2))
+    assert chosen.noise(seen(values)) == pytest.approx(off, rel=0.05)
+
+
+def test_a_product_with_outliers_has_16_bits_on_both_sides_and_no_other() -> None:
+    """The second product alone has a coarse input; the third's input is its output."""
+    rng = np.random.default_rng(4)
+    ordinary = rng.standard_normal(5000)
+    heavy = np.concatenate([0.05 * ordinary, [30.0]])
+    x, z = (ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT)) for n in "xz")
+    made, inputs = [], {"a": x, "b": z, "c": None}
+    for name, value in inputs.items():
+        weight = ir.node("Identity", [], name=f"{name}{QDQ_SUFFIX}")
+        source = value if value is not None else made[-1].outputs[0]
+        product = ir.node("MatMul", [source, weight.outputs[0]], name=name)
+        product.outputs[0].name = f"{name}/out"
+        made += [weight, product]
+    ends = [node.outputs[0] for node in made[1::2]]
+    graph = ir.Graph([x, z], ends, nodes=made, opset_imports={"": 23}, name="g")
+    model = ir.Model(graph, ir_version=10)
+    values = places(model)
+    assert [v.name for v in values] == ["x", "a/out", "z", "b/out", "c/out"]
+    ranges = {str(v.name): seen(heavy if v.name == "z" else ordinary) for v in values}
+    rows = insert(model, values, ranges, Activations(8, "min-max", 0.05))
+    assert {r.value: r.bits for r in rows} == {"x": 8, "a/out": 8, "z": 16, "b/out": 16, "c/out": 16}
+    assert not {n.inputs[2].dtype for n in graph if n.op_type == "QuantizeLinear"} - {
+        ir.DataType.UINT8,
+        ir.DataType.UINT16,
+    }
 
 
 def test_it_is_near_the_exact_model(bundle: Bundle, exporter: Any) -> None:
