@@ -1,16 +1,16 @@
-// Products of one weight in onnxruntime-web (WebAssembly, one thread): float32, and the ways to 8 bits.
+// Products of one weight in onnxruntime-web (WebAssembly): float32, and the ways to 8 bits.
 // benchmarks/web_products.py writes the graphs and starts this.
 //
-//     node web_products.mjs PACKAGES GRAPHS SIZES COUNT
+//     node web_products.mjs PACKAGES GRAPHS SIZES COUNT THREADS
 
 import fs from "node:fs";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
 
-const [packages, graphs, sizes, count] = process.argv.slice(2);
+const [packages, graphs, sizes, count, threads] = process.argv.slice(2);
 const file = path.join(packages, "node_modules/onnxruntime-web/dist/ort.node.min.mjs");
 const ort = await import(pathToFileURL(file).href);
-ort.env.wasm.numThreads = 1;
+ort.env.wasm.numThreads = Number(threads);
 const kinds = fs.readdirSync(graphs).map((name) => name.split("@")[0]);
 const rows = [];
 for (const size of sizes.split(",").map(Number)) {
@@ -36,5 +36,5 @@ for (const size of sizes.split(",").map(Number)) {
   }
   for (const session of Object.values(sessions)) await session.release();
 }
-console.log(JSON.stringify({ version: ort.env.versions.web, node: process.version, rows }));
+console.log(JSON.stringify({ threads: Number(threads), version: ort.env.versions.web, node: process.version, rows }));
 process.exit(0);

@@ -91,15 +91,16 @@ def main() -> None:
     """Write the graphs, run them in Node, print what it measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 768])
-    sizes = parser.parse_args().sizes
+    parser.add_argument("--threads", type=int, default=1, help="of WebAssembly")
+    given = parser.parse_args()
+    sizes, threads = given.sizes, given.threads
     script = Path(__file__).with_suffix(".mjs")
     with tempfile.TemporaryDirectory() as folder:
         for size in sizes:
             write(Path(folder), size)
         packages = str(get_environment("web").folder)
-        subprocess.run(
-            ["node", str(script), packages, folder, ",".join(map(str, sizes)), str(_COUNT)], check=True
-        )
+        numbers = [",".join(map(str, sizes)), str(_COUNT), str(threads)]
+        subprocess.run(["node", str(script), packages, folder, *numbers], check=True)
 
 
 if __name__ == "__main__":
