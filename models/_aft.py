@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from xexport.core.errors import InputError
 
-__all__ = ["KEY", "KINDS", "AftConfig", "Block", "Mixer", "filter_weights"]
+__all__ = ["KEY", "KINDS", "NO_KEY", "AftConfig", "Block", "Mixer", "filter_weights"]
 
 KINDS = ("simple", "full", "local", "conv", "image")
 #: bounds of k and of w: exp(40 + 20) times 10^11 values is within float32
 KEY, _BIAS = 40.0, 20.0
+#: the key of a place in front of the first token: exp(-80) is nothing beside the smallest weight, exp(-40)
+NO_KEY = -2 * KEY
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,15 @@ class Mixer(nn.Module):
         gated: Tensor = self.o_proj(torch.sigmoid(self.q_proj(x)) * y)
         return (gated, *new)
 
-    def terms(self, x: Tensor) -> Tensor:
-        """exp(k) v and exp(k) side by side: [B,T,C]."""
-        weight = self.k_proj(x).clamp(-KEY, KEY).exp()
-        return torch.cat((self.spread(weight) * self.v_proj(x), weight), -1)
+    def keys(self, x: Tensor) -> Tensor:
+        """x [B,T,d] -> k within its bounds [B,T,d or h]."""
+        k: Tensor = self.k_proj(x)
+        return k.clamp(-KEY, KEY)
+
+    def terms(self, keys: Tensor, values: Tensor) -> Tensor:
+        """k [B,T,d or h], v [B,T,d] -> exp(k) v and exp(k) side by side: [B,T,C]."""
+        weight = keys.exp()
+        return torch.cat((self.spread(weight) * values, weight), -1)
 
     def quotient(self, sums: Tensor) -> Tensor:
         """[B,T,C] -> [B,T,d]."""

@@ -21,7 +21,8 @@ that is the paper's point, and a window of keys is only half of their state.
 
 How it is computed. [1] writes local and conv as (exp(w) - 1) in the window plus a sum over everything, which
 cancels where w is far below 0. Here the sum is over what has left the window and the window has exp(w): only
-positive terms. Full is softmax attention of one head with queries u_t, keys v_s and values C_s: its own
+positive terms. The window carries keys and values, not exp(k) v: a few large keys would make numbers that
+differ by 10^5, whose rounding is larger than the rest, and float16 ends at exp(11). Full is softmax attention of one head with queries u_t, keys v_s and values C_s: its own
 normaliser is in numerator and denominator of AFT_t.
 
 Departures: exponents k are clamped to +-40 but for ``simple``, whose state has its largest exponent; so are a
@@ -29,8 +30,8 @@ window's w below -40, and those of conv above 20. Nothing overflows or is 0/0 th
 (two axes, not causal) is not done here.
 
 State per layer. simple: ``aa``, ``bb``, ``pp`` [B,d] (ops/wkv4 with decay and bonus 0: there is a maximum, so
-no key overflows). full: ``keys`` [B,1,L,r], ``values`` [B,1,L,2d], bounded. local: ``window`` [B,s-1,2d],
-``sums`` [B,2d]. conv: ``window`` [B,s-1,d+h], ``sums`` [B,d+h]. ``position`` [1] int64, where u, v or learned
+no key overflows). full: ``keys`` [B,1,L,r], ``values`` [B,1,L,2d], bounded. local: ``keys``, ``values``
+[B,s-1,d], ``sums`` [B,2d]. conv: ``keys`` [B,s-1,h], ``values`` [B,s-1,d], ``sums`` [B,d+h]. ``position`` [1] int64, where u, v or learned
 position embeddings need it; without (simple or conv, ``positions=False``) the stream has no end.
 """
 
@@ -45,7 +46,7 @@ from torch import Tensor, nn
 from xexport.core.checkpoint import RawCheckpoint
 from xexport.core.family import Family, LoadedModel
 from xexport.core.state import StateSpec
-from xexport.models._aft import KEY, AftConfig, Block, Mixer, filter_weights
+from xexport.models._aft import KEY, NO_KEY, AftConfig, Block, Mixer, filter_weights
 from xexport.models._aft_image import AftImage, AftImageTraining, image_tensors
 from xexport.models._chunk import FromFirstState, layer_states
 from xexport.models._fill import fill, fill_by_training
@@ -79,7 +80,7 @@ class _Full(Mixer):
 
     def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         q, k = (F.embedding(here, y).expand(x.shape[0], -1, -1) for y in (self.u, self.v))
-        sums, *new = self.attend(q, k, self.terms(x), here, *state)
+        sums, *new = self.attend(q, k, self.terms(self.keys(x), self.v_proj(x)), here, *state)
         return (self.quotient(sums), *new)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
@@ -95,21 +96,41 @@ class _FullTraining(_Full):
         return (F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)[:, 0], *state)
 
 
-def _left_behind(terms: Tensor, window: Tensor, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What each token sees beyond its window.
+class _Windowed(Mixer):
+    """A window with weights of its own, and a sum of all that has left it."""
 
-    Args:
-        terms: [B,T,C], the chunk; window: [B,s-1,C], what was before it; sums: [B,C], what had left that.
+    @staticmethod
+    def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
+        keys = c.heads if c.per_head else c.width
+        before = c.window - 1
+        return {
+            "keys": ("B", before, keys),
+            "values": ("B", before, c.width),
+            "sums": ("B", c.width + keys),
+        }
 
-    Returns:
-        window and chunk [B,s-1+T,C], the sums of what each token has left behind [B,T,C], and the new state.
-    """
-    rows, length = torch.cat((window, terms), 1), terms.shape[1]
-    behind = torch.cat((sums[:, None], rows[:, :length]), 1).cumsum(1)
-    return rows, behind[:, :length], rows[:, length:], behind[:, length]
+    def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        keys, values, sums = state
+        length = x.shape[1]
+        keys = torch.cat((keys, self.keys(x)), 1)
+        values = torch.cat((values, self.v_proj(x)), 1)
+        rows = self.terms(keys, values)  # [B,s-1+T,C]
+        behind = torch.cat((sums[:, None], rows[:, :length]), 1).cumsum(1)
+        seen = self.seen(rows, behind[:, :length], here)
+        return self.quotient(seen), keys[:, length:], values[:, length:], behind[:, length]
+
+    def seen(self, rows: Tensor, behind: Tensor, here: Tensor) -> Tensor:
+        """What every token sees, weighted: [B,T,C].
+
+        Args:
+            rows: [B,s-1+T,C], what was before the chunk, and the chunk.
+            behind: [B,T,C], sums of what has left each token's window.
+            here: [T], positions.
+        """
+        raise NotImplementedError
 
 
-class _Local(Mixer):
+class _Local(_Windowed):
     """The chunk form holds the weights that u and v make, see :func:`_weights`."""
 
     weight: Tensor
@@ -118,14 +139,9 @@ class _Local(Mixer):
         super().__init__(c)
         self.register_buffer("weight", torch.ones(c.max_tokens, c.window + 1))
 
-    @staticmethod
-    def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
-        return {"window": ("B", c.window - 1, 2 * c.width), "sums": ("B", 2 * c.width)}
-
-    def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        rows, behind, *new = _left_behind(self.terms(x), *state)
+    def seen(self, rows: Tensor, behind: Tensor, here: Tensor) -> Tensor:
         inside, beyond = torch.split(F.embedding(here, self.weights()), [self.c.window, 1], -1)
-        return (self.quotient(band_product(inside, rows) + beyond * behind), *new)
+        return band_product(inside, rows) + beyond * behind
 
     def weights(self) -> Tensor:
         """[L,s+1]."""
@@ -153,23 +169,17 @@ def _weights(u: Tensor, v: Tensor, window: int) -> Tensor:
     return (bias - bias.amax(-1, keepdim=True)).exp()
 
 
-class _Conv(Mixer):
+class _Conv(_Windowed):
     def __init__(self, c: AftConfig) -> None:
         super().__init__(c)
         self.filter = nn.Parameter(torch.zeros(c.heads, c.window))
         self.gain, self.shift = (nn.Parameter(torch.zeros(c.heads)) for _ in range(2))
 
-    @staticmethod
-    def states(c: AftConfig) -> Mapping[str, tuple[int | str, ...]]:
-        terms = c.width + c.heads
-        return {"window": ("B", c.window - 1, terms), "sums": ("B", terms)}
-
-    def average(self, x: Tensor, here: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        terms = self.terms(x)
+    def seen(self, rows: Tensor, behind: Tensor, here: Tensor) -> Tensor:
         taps = self.taps()
-        near, _ = causal_conv1d(terms, taps, torch.zeros_like(taps[0]), state[0])
-        _, behind, *new = _left_behind(terms, *state)
-        return (self.quotient(near + behind), *new)
+        before, chunk = rows[:, : self.c.window - 1], rows[:, self.c.window - 1 :]
+        near, _ = causal_conv1d(chunk, taps, torch.zeros_like(taps[0]), before)
+        return near + behind
 
     def taps(self) -> Tensor:
         """exp(w) for every summed number, [s,C], the present token's last."""
@@ -206,8 +216,8 @@ class Aft(nn.Module):
         """The state of every layer, then the position where there is one."""
         c = self.config
         specs = layer_states(c.layers, _MIXERS[c.kind].states(c))
-        if c.kind == "simple":
-            specs = [StateSpec(s.name, s.shape, init=-1e30 if s.name.endswith("pp") else 0.0) for s in specs]
+        first = {"simple": {"pp": -1e30}, "local": {"keys": NO_KEY}, "conv": {"keys": NO_KEY}}.get(c.kind, {})
+        specs = [StateSpec(s.name, s.shape, init=first.get(s.name.rsplit(".")[-1], 0.0)) for s in specs]
         return [*specs, StateSpec("position", (1,), "int64")] if c.bounded else specs
 
     def blocks(self) -> list[Block]:
@@ -294,7 +304,7 @@ FAMILY = Family(
         "tiny-image": AftConfig(
             "image", 11, 32, 2, 48, window=3, heads=4, positions=False, grid=(4, 5), patch=12
         ),
-        "zoo": AftConfig(),
+        "zoo": AftConfig(max_tokens=512),  # as long as the windows it was trained on
         # enwik8, table 4 of [1]
         "local-32": AftConfig("local", 256, 256, 24, 1024, 1024, window=32, rank=256),
         "local-32-wide": AftConfig("local", 256, 512, 12, 2048, 1024, window=32, rank=256),

@@ -9,7 +9,8 @@ Sources:
 Glossary:
     B batch, T tokens, d width, H heads, K = d/H head size, C taps of the convolution.
 
-One block: Y = X + A(N(X)) W_O,  X' = Y + (silu(N(Y) W_g) * N(Y) W_u) W_d. Attention of one head:
+One block: Y = X + A(N(X)) W_O,  X' = Y + F(N(Y)). F is [1]'s Llama's, (silu(Y W_g) * Y W_u) W_d, or that of
+its vision models, gelu(Y W_u) W_d. Attention of one head:
     o_t = phi(q_t)^T S_t / (phi(q_t)^T z_t + 1e-6) + sum_{c<C} w_c v_{t-c} + b,   phi = relu
     S_t = S_{t-1} + phi(k_t) v_t^T,   z_t = z_{t-1} + phi(k_t)
 Norm, while it is trained, n steps of N done:
@@ -21,7 +22,9 @@ linear layer behind it has the weight W diag(s) and the bias b + W t. The chunk 
 Departures: [1] has attention in vision models, with softmax left in its Llama; here that Llama has the linear
 attention. It is causal, running sums and a convolution of the last C tokens (in [1] 5 x 5 pixels around one).
 A learned table of positions, added to k, has a last row: rotary positions take its place, before the ReLU.
-In training a batch norm sees all tokens, those to come too; afterwards nothing of that is left.
+In training a batch norm sees all tokens, those to come too; afterwards nothing of that is left. No norm is
+left either: what is larger than anything in training stays so, and a gated F squares it in every block. gelu
+does not, so models trained for a few minutes have it.
 
 State: ``layers.<i>.sums`` [B,H,K,K+1], S and, in the last column, z; ``layers.<i>.values`` [B,C-1,d], the
 last values, oldest first; ``position`` [1] int64, shared by the batch. Constant in the length of the stream.
@@ -61,6 +64,7 @@ class SlabConfig:
     Attributes:
         vocab_size, width, layers, heads: V, d, number of blocks, H.
         ffn: inner width of the feed-forward network.
+        gated: whether that is the Llama's, with a gate, not the vision models'.
         taps: C.
         norm_steps: N, the steps of training in which the RMS norms give way to RepBN.
         rope_base: base of the rotation's frequencies.
@@ -72,6 +76,7 @@ class SlabConfig:
     layers: int = 6
     heads: int = 5
     ffn: int = 432
+    gated: bool = True
     taps: int = 5
     norm_steps: int = 1000
     rope_base: float = 10000.0
@@ -174,13 +179,19 @@ class _Block(nn.Module):
         super().__init__()
         self.attention_norm, self.ffn_norm = _norm(c, trained), _norm(c, trained)
         self.attention = _TrainedAttention(c) if trained else _Attention(c)
-        self.up_proj = nn.Linear(c.width, 2 * c.ffn)  # W_g and W_u
+        self.gated = c.gated
+        self.up_proj = nn.Linear(c.width, 2 * c.ffn if c.gated else c.ffn)  # W_g and W_u, or W_u
         self.down_proj = nn.Linear(c.ffn, c.width)
 
     def ffn(self, x: Tensor, share: Tensor | None) -> Tensor:
         """``x`` with the feed-forward network's output added."""
-        gate, up = self.up_proj(self.ffn_norm(x, share)).chunk(2, -1)
-        y: Tensor = self.down_proj(F.silu(gate) * up)
+        inner = self.up_proj(self.ffn_norm(x, share))
+        if self.gated:
+            gate, up = inner.chunk(2, -1)
+            inner = F.silu(gate) * up
+        else:
+            inner = F.gelu(inner)
+        y: Tensor = self.down_proj(inner)
         return x + y
 
 
@@ -333,7 +344,8 @@ FAMILY = Family(
     config=SlabConfig,
     presets={
         "tiny": SlabConfig(29, 32, 2, 2, 48, norm_steps=8),
-        "zoo": SlabConfig(norm_steps=300),  # three quarters of a short run
+        "tiny-gelu": SlabConfig(29, 32, 2, 2, 48, gated=False, norm_steps=8),
+        "zoo": SlabConfig(ffn=640, gated=False, norm_steps=300),  # three quarters of a short run
         # the sizes of [2]'s Llama, with the paper's attention in it; the norms' steps are [2]'s too
         "350m": SlabConfig(32000, 1024, 18, 8, 4096, norm_steps=18000 * 16),
     },

@@ -30,9 +30,9 @@ FAMILY = get_family("slab")
 TINY: SlabConfig = FAMILY.presets["tiny"]
 
 
-def settled() -> SlabTraining:
+def settled(config: SlabConfig = TINY) -> SlabTraining:
     """The training form with weights and running statistics of which none is at its first value."""
-    module: SlabTraining = trained(FAMILY, TINY)
+    module: SlabTraining = trained(FAMILY, config)
     for name, b in module.named_buffers():
         if name.endswith("mean"):
             b.normal_()
@@ -80,14 +80,16 @@ def by_formulas(module: SlabTraining, tokens: Tensor) -> Tensor:
             rows.append(torch.cat(heads))
         x = x + torch.stack(rows) @ of["attention.o_proj.weight"].T + of["attention.o_proj.bias"]
         both = rep_bn(of, "ffn_norm", x, c.eps) @ of["up_proj.weight"].T + of["up_proj.bias"]
-        gate, up = both.split(c.ffn, 1)
-        x = x + (gate * gate.sigmoid() * up) @ of["down_proj.weight"].T + of["down_proj.bias"]
+        gate, up = both.split(c.ffn, 1) if c.gated else (both, both)
+        inner = gate * gate.sigmoid() * up if c.gated else up * (1 + torch.erf(up / 2**0.5)) / 2
+        x = x + inner @ of["down_proj.weight"].T + of["down_proj.bias"]
     return (rep_bn(w, "norm", x, c.eps) @ w["head.weight"].T + w["head.bias"]).float()
 
 
 @pytest.mark.oracle
-def test_formulas_of_the_paper() -> None:
-    module, tokens = settled(), draw_tokens(1, 19)
+@pytest.mark.parametrize("preset", ["tiny", "tiny-gelu"])
+def test_formulas_of_the_paper(preset: str) -> None:
+    module, tokens = settled(FAMILY.presets[preset]), draw_tokens(1, 19)
     made = chunk_form(FAMILY, module)
     got = made(tokens, *new_state(made, 1))[0][0]
     assert error(got, by_formulas(module, tokens[0])) < TOLERANCES["oracle_fp32"]
