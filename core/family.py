@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ROLES", "ChunkModule", "Family", "LoadedModel"]
 
-#: What a parameter does, which is what decides how it may be quantized.
-ROLES = ("embedding", "head", "projection", "low_rank", "decay", "gate", "norm", "conv", "filter", "other")
+#: What a parameter does, which is what decides how it may be quantized. A ``choice`` decides which of several
+#: things is done at all (an expert, a bucket): rounding it does not round the result, it makes another.
+ROLES = (
+    *("embedding", "head", "projection", "low_rank", "decay", "gate", "choice"),
+    *("norm", "conv", "filter", "other"),
+)
 
 
 class ChunkModule(Protocol):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 __all__ = ["EXPERT_ROLES", "Experts", "experts_from_granite"]
 
-EXPERT_ROLES = (("*.experts.router.*", "gate"), ("*.experts.*_proj.weight", "projection"))
+EXPERT_ROLES = (("*.experts.router.*", "choice"), ("*.experts.*_proj.weight", "projection"))
 
 
 class Experts(nn.Module):

@@ -602,7 +602,7 @@ FAMILY = Family(
         ("lm_head.decoder.*", "head"),
         ("*layer_norm.*", "norm"),
         ("*.rotations", "filter"),
-        ("*.query_key.weight", "gate"),
+        ("*.query_key.weight", "choice"),
         ("*.query.weight", "projection"),
         ("*.key.weight", "projection"),
         ("*.value.weight", "projection"),

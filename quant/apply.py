@@ -101,6 +101,8 @@ def _decide(
 
 
 def _stored(exact: TensorDecision, result: Stored | Refusal, wanted: str) -> TensorDecision:
+    if isinstance(result, Refusal) and not result.reason:
+        return exact
     if isinstance(result, Refusal):
         why = f"{wanted} is not possible: {result.reason}"
         return TensorDecision(exact.tensor, exact.role, exact.shape, exact.format, exact.bytes, why, 0.0)

@@ -23,6 +23,8 @@ FORMATS = (
     "int8-channel",
     "int8-dequantize",
     "int8-qdq",
+    "int8-or-float16",
+    "int8-or-float32",
     "int6-block",
     "int4-block",
 )

@@ -60,18 +60,46 @@ def test_6_bits_are_for_targets_that_run_our_kernels() -> None:
     assert six == {"cpu-int4", "arm64-int4"}
     assert all("products" in t.fuse for t in targets if t.name in six)
     with_8 = get_scheme("int4-head8").formats
-    assert {**get_scheme("int4").formats, "head": "int8-block"} == with_8
+    # without our kernels activations have 8 bits: what steers a recurrence stays float
+    steer = {"low_rank": "float16", "gate": "float32", "decay": "float32"}
+    assert {**get_scheme("int4").formats, "head": "int8-block", **steer} == with_8
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-channel", "int4"])
-@pytest.mark.parametrize("role", ["decay", "gate", "norm", "filter", "conv", "other"])
-def test_what_steers_the_recurrence_stays_float(name: str, role: str) -> None:
+@pytest.mark.parametrize("role", ["norm", "filter", "conv", "choice", "other"])
+def test_what_is_small_or_sensitive_stays_float(name: str, role: str) -> None:
     assert get_scheme(name).formats[role] == "float32"
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_low_rank_projections_keep_16_bits(name: str) -> None:
-    assert get_scheme(name).formats["low_rank"] == "float16"
+@pytest.mark.parametrize(
+    ("role", "size", "stored"),
+    [
+        ("low_rank", (64, 768), "int8 block 64"),
+        ("gate", (768, 80), "int8 block 128"),
+        ("decay", (96, 256), "int8 block 32"),
+        ("low_rank", (64, 256), "float16"),  # too small to gain
+        ("low_rank", (48, 768), "float16"),  # no whole blocks
+        ("gate", (64, 256), "float32"),
+        ("decay", (48, 768), "float32"),
+    ],
+)
+def test_what_steers_the_recurrence_has_8_bits_where_a_product_reads_it(
+    name: str, role: str, size: tuple[int, int], stored: str, tmp_path: Path
+) -> None:
+    (row,) = decide(product(random(*size)), name, role, tmp_path)
+    assert row.format == stored
+    assert row.reason == get_scheme(name).why[role]
+    assert row.error < 0.01
+
+
+@pytest.mark.parametrize("role", ["gate", "decay"])
+def test_a_gate_or_decay_that_is_a_parameter_stays_float(role: str, tmp_path: Path) -> None:
+    """It multiplies the state itself, however large it is."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"]), helper.make_node("Mul", ["a", "p"], ["y"])]
+    model = graph({"w": random(20, 30_000), "p": random(1, 30_000)}, nodes, 20, 30_000)
+    rows = quantize(model, get_scheme("int8"), [("p", role), ("w", "projection")], tmp_path)
+    assert {r.tensor: r.format for r in rows}["p"] == "float32"
 
 
 def test_unknown_scheme_names_the_nearest() -> None:
@@ -373,7 +401,7 @@ def test_fp16_is_half_the_bytes_and_sums_in_fp32(tmp_path: Path) -> None:
 
 
 def test_fp32_and_unlisted_roles_leave_the_graph_alone(tmp_path: Path) -> None:
-    for scheme, role in (("fp32", "projection"), ("int8", "gate"), ("int4", "decay"), ("fp16", "norm")):
+    for scheme, role in (("fp32", "projection"), ("int8", "choice"), ("int4", "filter"), ("fp16", "norm")):
         model = product(random(512, 260))
         (decision,) = decide(model, scheme, role, tmp_path)
         assert [n.op_type for n in model.graph] == ["MatMul"]

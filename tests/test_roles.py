@@ -142,7 +142,7 @@ ROLES: dict[str, dict[str, str]] = {
         "turns": "other",
     },
     "reformer": {
-        "reformer.encoder.layers.1.attention.self_attention.query_key.weight": "gate",
+        "reformer.encoder.layers.1.attention.self_attention.query_key.weight": "choice",
         "reformer.encoder.layers.1.attention.output.dense.weight": "projection",
     },
     "rwkv": {

@@ -42,7 +42,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a format can't be used for a weight; it then stays in fp32."""
+    """Why a format can't be used for a weight, or "" if it need not be; it then stays in fp32."""
 
     reason: str
 
@@ -52,7 +52,7 @@ Format = Callable[[Context, ir.Value], Stored | Refusal]
 
 def formats() -> dict[str, Format]:
     """Format name -> the function that applies it."""
-    from xexport.quant.formats import block, channel, dequantize, half, half_product, rows, six
+    from xexport.quant.formats import block, channel, dequantize, half, half_product, low_rank, rows, six
 
     return {
         "float16": half.apply,
@@ -62,6 +62,8 @@ def formats() -> dict[str, Format]:
         "int8-block": block.apply_int8,
         "int8-channel": channel.apply,
         "int8-dequantize": dequantize.apply,
+        "int8-or-float16": low_rank.apply,
+        "int8-or-float32": low_rank.apply_small_float32,
         "int6-block": six.apply,
         "int4-block": block.apply_int4,
     }

@@ -18,7 +18,7 @@ from xexport.quant.blocks import block_size_for, quantize_blocks, relative_error
 from xexport.quant.formats import Context, Refusal, Stored
 from xexport.quant.formats.stored import FASTER_ABOVE, store
 
-__all__ = ["apply_int4", "apply_int8", "drop_unused", "products_of", "to_float"]
+__all__ = ["apply_int4", "apply_int8", "blocks_of", "drop_unused", "products_of", "to_float"]
 
 _MIN_DEPTH = 16
 _ACCURACY_LEVEL = 4  # int8 activations; level 0 is 36 times slower at 8 bits
@@ -40,13 +40,21 @@ def _apply(context: Context, value: ir.Value, bits: int) -> Stored | Refusal:
         return Refusal("no matrix product reads it as its right-hand side")
     if matrix is None:
         return Refusal("it is not a float32 matrix")
-    columns, depth = matrix.shape  # [N, K]: one row an output, as MatMulNBits stores it
+    depth = matrix.shape[1]  # of [N, K]: one row an output, as MatMulNBits stores it
     if depth < _MIN_DEPTH:
         return Refusal(f"its depth of {depth} is shorter than the smallest block ({_MIN_DEPTH})")
     if matrix.size < FASTER_ABOVE:
         stored = store(context, value, products, matrix, bits)
         drop_unused(context, value)
         return stored
+    return blocks_of(context, value, products, matrix, bits)
+
+
+def blocks_of(
+    context: Context, value: ir.Value, products: list[ir.Node], matrix: np.ndarray, bits: int
+) -> Stored:
+    """Let ``products`` read the weight, ``matrix`` [N, K], in blocks of 8 or 4 bits."""
+    columns, depth = matrix.shape
     size = block_size_for(depth, bits)
     blocks = quantize_blocks(matrix, bits, size, half_scales=bits == 4)
     codes = blocks.codes
