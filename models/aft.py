@@ -22,8 +22,9 @@ that is the paper's point, and a window of keys is only half of their state.
 How it is computed. [1] writes local and conv as (exp(w) - 1) in the window plus a sum over everything, which
 cancels where w is far below 0. Here the sum is over what has left the window and the window has exp(w): only
 positive terms. The window carries keys and values, not exp(k) v: a few large keys would make numbers that
-differ by 10^5, whose rounding is larger than the rest, and float16 ends at exp(11). Full is softmax attention of one head with queries u_t, keys v_s and values C_s: its own
-normaliser is in numerator and denominator of AFT_t.
+differ by 10^5, whose rounding is larger than the rest, and float16 ends at exp(11). Full is softmax
+attention of one head with queries u_t, keys v_s and values C_s: its own normaliser is in numerator and
+denominator of AFT_t.
 
 Departures: exponents k are clamped to +-40 but for ``simple``, whose state has its largest exponent; so are a
 window's w below -40, and those of conv above 20. Nothing overflows or is 0/0 then. The image form of conv
@@ -31,8 +32,9 @@ window's w below -40, and those of conv above 20. Nothing overflows or is 0/0 th
 
 State per layer. simple: ``aa``, ``bb``, ``pp`` [B,d] (ops/wkv4 with decay and bonus 0: there is a maximum, so
 no key overflows). full: ``keys`` [B,1,L,r], ``values`` [B,1,L,2d], bounded. local: ``keys``, ``values``
-[B,s-1,d], ``sums`` [B,2d]. conv: ``keys`` [B,s-1,h], ``values`` [B,s-1,d], ``sums`` [B,d+h]. ``position`` [1] int64, where u, v or learned
-position embeddings need it; without (simple or conv, ``positions=False``) the stream has no end.
+[B,s-1,d], ``sums`` [B,2d]. conv: ``keys`` [B,s-1,h], ``values`` [B,s-1,d], ``sums`` [B,d+h].
+``position`` [1] int64, where u, v or learned position embeddings need it; without (simple or conv,
+``positions=False``) the stream has no end.
 """
 
 from __future__ import annotations

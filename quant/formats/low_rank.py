@@ -1,11 +1,11 @@
 """8 bits for the matrices that steer a recurrence: low-rank projections, gates, decays, where that is faster.
 
-They are a fifth of what a layer of RWKV-7 reads at every step once its large projections have 4 bits. Products
-have activations of 16 bits where our kernels run (ops/linear_int8), and their result meets a bias and a tanh, a
-sigmoid or a softplus before it touches the state: on the zoo's RWKV-7 and Mamba they cost a mean KL of 4e-6 and
-1e-6, where the large projections in 8 bits cost 5e-5 and 3e-5 (docs/performance.md). A parameter that is read
-as it is, like a decay's base or A_log, multiplies itself at every token: it is no product's matrix and keeps
-its float32.
+They are a fifth of what a layer of RWKV-7 reads at every step once its large projections have 4 bits.
+Products have activations of 16 bits where our kernels run (ops/linear_int8), and their result meets a
+bias and a tanh, a sigmoid or a softplus before it touches the state: on the zoo's RWKV-7 and Mamba they
+cost a mean KL of 4e-6 and 1e-6, where the large projections in 8 bits cost 5e-5 and 3e-5
+(docs/performance.md). A parameter that is read as it is, like a decay's base or A_log, multiplies
+itself at every token: it is no product's matrix and keeps its float32.
 """
 
 from __future__ import annotations
