@@ -7,7 +7,7 @@ authored at the model's own opset and attached after every other pass, so nothin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -20,6 +20,7 @@ __all__ = ["attach_functions"]
 
 _FUSED = "fused_rows_"
 _JOINED = "linear_group_"
+_SEQUENCE = "sequence_"
 
 
 def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[str, str]) -> list[Lowering]:
@@ -38,10 +39,8 @@ def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[
     """
     specs = {_key(s): s for s in map(get_op, op_names())}
     nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
-    # a joined node stands for those that its body calls
-    joined = [n for n in nodes if n.domain == "xexport" and n.op_type.startswith(_JOINED)]
-    called = [c for n in joined for c in model.functions[n.op_identifier()]]
-    counts = Counter((n.domain, n.op_type, len(n.inputs)) for n in (*nodes, *called) if n.domain)
+    every = list(_with_called(nodes, model))
+    counts = Counter((n.domain, n.op_type, len(n.inputs)) for n in every if n.domain)
     lowerings: list[Lowering] = []
     pending = [key for key in counts if key in specs]
     names = [key[:2] for key in pending]
@@ -63,19 +62,32 @@ def attach_functions(model: ir.Model, variants: Mapping[str, str], why: Mapping[
         spec = specs[key]
         lowerings.append(_attach(model, spec, variants, why, counts[key]))
         pending += [_key(get_op(d)) for d in spec.depends]
-    return sorted(lowerings + _fused(model), key=lambda low: low.op)
+    return sorted(lowerings + _fused(model, every), key=lambda low: low.op)
 
 
-def _fused(model: ir.Model) -> list[Lowering]:
-    """One row for all the chains of row-wise nodes (passes/rows), and one for products that were joined."""
+def _with_called(nodes: Iterable[ir.Node], model: ir.Model) -> Iterable[ir.Node]:
+    """The nodes, each joined one followed by those that it stands for: what its body calls."""
+    for node in nodes:
+        yield node
+        if node.domain == "xexport" and node.op_type.startswith((_JOINED, _SEQUENCE)):
+            yield from _with_called(model.functions[node.op_identifier()], model)
+
+
+def _fused(model: ir.Model, every: Sequence[ir.Node]) -> list[Lowering]:
+    """One row for all the chains of row-wise nodes (passes/rows), one for products that were joined, one for
+    rows of operators that were."""
     why = "small nodes cost more to start than to compute; their bodies hold the nodes they replace"
     joined = (
         "one start of all threads serves products that need nothing of each other; their bodies call those"
     )
     rows = []
-    for prefix, what, reason in ((_FUSED, "chains", why), (_JOINED, "groups", joined)):
+    one = (
+        "a node costs the runtime time beside its kernel; their bodies call the operators, whose kernels run"
+    )
+    kinds = ((_FUSED, "chains", why), (_JOINED, "groups", joined), (_SEQUENCE, "sequences", one))
+    for prefix, what, reason in kinds:
         names = [n for domain, n, _ in model.functions if domain == "xexport" and n.startswith(prefix)]
-        nodes = sum(node.op_type in names for node in model.graph)
+        nodes = sum(node.op_type in names for node in every)
         if names:
             rows.append(Lowering(f"{prefix}*", "xexport", f"{len(names)} different {what}", reason, nodes))
     return rows

@@ -89,7 +89,7 @@ def open_engine(
     def opened(name: str, *, promised: bool = True) -> Any:
         """The session of one graph, by the provider that was asked for."""
         path = safe_path(folder, name)
-        options = _session_options(manifest, threads, native)
+        options = _session_options(manifest, threads, native, apart=profile_prefix is not None)
         if promised and provider != _CPU and manifest.target_row.get("full_placement"):
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         if profile_prefix is not None:
@@ -338,7 +338,8 @@ def failed(error: Exception) -> RuntimeFailure:
     )
 
 
-def _session_options(manifest: Manifest, threads: int, native: NativeKernels) -> Any:
+def _session_options(manifest: Manifest, threads: int, native: NativeKernels, apart: bool = False) -> Any:
+    """``apart``: operators that one node runs in a row are nodes of their own, for a profile to show them."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -347,6 +348,8 @@ def _session_options(manifest: Manifest, threads: int, native: NativeKernels) ->
     for key, value in _options_of(manifest, "session_options").items():
         options.add_session_config_entry(key, value)
     if native.path is not None:
+        if apart:
+            options.add_session_config_entry("xexport.sequences", "0")
         try:
             options.register_custom_ops_library(str(native.path))
         except Exception as error:  # ORT's exception classes share no public base

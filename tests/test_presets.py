@@ -29,5 +29,5 @@ OF_TWO_MILLION = (
 def test_zoo_has_about_two_million_parameters(name: str) -> None:
     family = get_family(name)
     with torch.device("meta"):
-        count = sum(p.numel() for p in family.build(family.presets["zoo"]).parameters())
+        count = sum(p.numel() for p in family.train_form(family.presets["zoo"]).parameters())
     assert 1.8e6 < count < 2.2e6

@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <string>
 
@@ -23,29 +24,41 @@ unsigned minor_version(const char* version) {
   return std::sscanf(version, "%u.%u", &major, &minor) == 2 && major == 1 ? minor : 0;
 }
 
+// An entry of a session's options; "" if it has none.
+std::string entry(const ort::SessionOptions* options, const char* key) {
+  int present = 0;
+  check(ort::kHasConfig(g_api, options, key, &present));
+  if (present == 0) return "";
+  size_t size = 0;
+  check(ort::kGetConfig(g_api, options, key, nullptr, &size));
+  std::string value(size, '\0');
+  check(ort::kGetConfig(g_api, options, key, value.data(), &size));
+  return value.c_str();  // up to the terminator
+}
+
 // The instruction set of a session: its entry `xexport.isa`, the variable XEXPORT_ISA, or the best.
 Isa session_isa(const ort::SessionOptions* options) {
-  int present = 0;
-  check(ort::kHasConfig(g_api, options, "xexport.isa", &present));
-  if (present != 0) {
-    size_t size = 0;
-    check(ort::kGetConfig(g_api, options, "xexport.isa", nullptr, &size));
-    std::string name(size, '\0');
-    check(ort::kGetConfig(g_api, options, "xexport.isa", name.data(), &size));
-    return parse_isa(name.c_str());
-  }
+  const std::string name = entry(options, "xexport.isa");
+  if (!name.empty()) return parse_isa(name.c_str());
   const char* wanted = std::getenv("XEXPORT_ISA");
   return wanted != nullptr && *wanted != '\0' ? parse_isa(wanted) : best_isa();
 }
 
-// The domain of one instruction set. It is made once and never freed: sessions keep pointers into it.
-ort::CustomOpDomain* domain(Isa isa) {
-  static ort::CustomOpDomain* made[3] = {};
-  ort::CustomOpDomain*& slot = made[static_cast<int>(isa)];
+// Whether an operator runs others: with its body in its place a profile shows those.
+bool runs_others(const ort::CustomOp* op) { return std::strncmp(op->GetName(op), "sequence_", 9) == 0; }
+
+// The domain of one instruction set, without operators that run others if `apart`. It is made once and never freed:
+// sessions keep pointers into it.
+ort::CustomOpDomain* domain(Isa isa, bool apart) {
+  static ort::CustomOpDomain* made[3][2] = {};
+  ort::CustomOpDomain*& slot = made[static_cast<int>(isa)][apart ? 1 : 0];
   if (slot == nullptr) {
     ort::CustomOpDomain* fresh = nullptr;
     check(ort::kCreateCustomOpDomain(g_api, "xexport", &fresh));
-    for (const MakeOperator& make : operators()) check(ort::kCustomOpDomainAdd(g_api, fresh, make(isa)));
+    for (const MakeOperator& make : operators()) {
+      const ort::CustomOp* op = make(isa);
+      if (!apart || !runs_others(op)) check(ort::kCustomOpDomainAdd(g_api, fresh, op));
+    }
     slot = fresh;
   }
   return slot;
@@ -58,6 +71,11 @@ bool has_shape_slot() { return g_has_shape_slot; }
 
 std::vector<MakeOperator>& operators() {
   static std::vector<MakeOperator> all;
+  return all;
+}
+
+std::multimap<std::string, KernelClass>& kernels() {
+  static std::multimap<std::string, KernelClass> all;
   return all;
 }
 
@@ -82,7 +100,7 @@ XEXPORT_PUBLIC xexport::ort::Status* RegisterCustomOps(xexport::ort::SessionOpti
   }
   g_has_shape_slot = minor >= ort::kShapeApiVersion;
   g_api = base->GetApi(g_has_shape_slot ? ort::kShapeApiVersion : ort::kApiVersion);
-  return guarded([&] { check(ort::kAddCustomOpDomain(g_api, options, domain(session_isa(options)))); });
+  return guarded([&] { check(ort::kAddCustomOpDomain(g_api, options, domain(session_isa(options), entry(options, "xexport.sequences") == "0"))); });
 }
 
 // The instruction set that sessions of this process get unless they ask for another; "" if XEXPORT_ISA

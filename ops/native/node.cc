@@ -54,9 +54,20 @@ Node::Node(const char* op, const ort::KernelInfo* info) : info_(info) {
   where_ = "xexport " + std::string(op) + " node '" + name.c_str() + "': ";
 }
 
+Node::Node(const Node& whole, const char* op, std::string prefix, std::vector<size_t> inputs, size_t outside)
+    : where_(whole.where_ + op + ": "), info_(whole.info_), prefix_(std::move(prefix)), inputs_(std::move(inputs)),
+      outside_(outside) {}
+
+bool Node::find(size_t& input) const {
+  if (prefix_.empty()) return true;
+  if (input >= inputs_.size() || inputs_[input] >= outside_) return false;
+  input = inputs_[input];
+  return true;
+}
+
 int64_t Node::integer(const char* attribute) const {
   int64_t value = 0;
-  if (ort::Status* status = ort::kAttributeInt(api(), info_, attribute, &value)) {
+  if (ort::Status* status = ort::kAttributeInt(api(), info_, full(attribute).c_str(), &value)) {
     ort::kReleaseStatus(api(), status);
     fail("the attribute " + std::string(attribute) + " is missing");
   }
@@ -65,7 +76,7 @@ int64_t Node::integer(const char* attribute) const {
 
 float Node::real(const char* attribute) const {
   float value = 0;
-  if (ort::Status* status = ort::kAttributeFloat(api(), info_, attribute, &value)) {
+  if (ort::Status* status = ort::kAttributeFloat(api(), info_, full(attribute).c_str(), &value)) {
     ort::kReleaseStatus(api(), status);
     fail("the attribute " + std::string(attribute) + " is missing");
   }
@@ -74,32 +85,33 @@ float Node::real(const char* attribute) const {
 
 std::vector<int64_t> Node::integers(const char* attribute) const {
   size_t count = 0;
-  if (ort::Status* status = ort::kAttributeInts(api(), info_, attribute, nullptr, &count)) {
+  if (ort::Status* status = ort::kAttributeInts(api(), info_, full(attribute).c_str(), nullptr, &count)) {
     ort::kReleaseStatus(api(), status);
     fail("the attribute " + std::string(attribute) + " is missing");
   }
   std::vector<int64_t> values(count);
-  if (count > 0) check(ort::kAttributeInts(api(), info_, attribute, values.data(), &count));
+  if (count > 0) check(ort::kAttributeInts(api(), info_, full(attribute).c_str(), values.data(), &count));
   return values;
 }
 
 std::vector<float> Node::numbers(const char* attribute) const {
   size_t count = 0;
-  if (ort::Status* status = ort::kAttributeFloats(api(), info_, attribute, nullptr, &count)) {
+  if (ort::Status* status = ort::kAttributeFloats(api(), info_, full(attribute).c_str(), nullptr, &count)) {
     ort::kReleaseStatus(api(), status);
     fail("the attribute " + std::string(attribute) + " is missing");
   }
   std::vector<float> values(count);
-  if (count > 0) check(ort::kAttributeFloats(api(), info_, attribute, values.data(), &count));
+  if (count > 0) check(ort::kAttributeFloats(api(), info_, full(attribute).c_str(), values.data(), &count));
   return values;
 }
 
 Tensor Node::constant(size_t input, const char* name) const {
   int is_one = 0;
   const ort::Value* value = nullptr;
-  check(ort::kConstantInput(api(), info_, input, &is_one, &value));
   Tensor tensor;
   tensor.name = name;
+  if (!find(input)) return tensor;
+  check(ort::kConstantInput(api(), info_, input, &is_one, &value));
   if (is_one == 0 || value == nullptr) return tensor;
   read_shape(value, tensor);
   check(ort::kTensorData(api(), const_cast<ort::Value*>(value), &tensor.data));
@@ -109,6 +121,7 @@ Tensor Node::constant(size_t input, const char* name) const {
 bool Node::is_constant(size_t input) const {
   int constant = 0;
   const ort::Value* value = nullptr;
+  if (!find(input)) return false;
   check(ort::kConstantInput(api(), info_, input, &constant, &value));
   return constant != 0 && value != nullptr;
 }
@@ -125,15 +138,21 @@ void Node::expect(const Tensor& tensor, ort::Element type, std::initializer_list
 }
 
 size_t Call::input_count() const {
+  if (part_ != nullptr) return part_->input_count();
   size_t count = 0;
   check(ort::kInputCount(api(), context_, &count));
   return count;
 }
 
 Tensor Call::input(size_t index, const char* name) const {
+  Tensor tensor;
+  if (part_ != nullptr) {
+    tensor = part_->input(index);
+    tensor.name = name;
+    return tensor;
+  }
   const ort::Value* value = nullptr;
   check(ort::kInput(api(), context_, index, &value));
-  Tensor tensor;
   tensor.name = name;
   if (value == nullptr) return tensor;  // of undefined type: expect() refuses it
   read_shape(value, tensor);
@@ -142,6 +161,7 @@ Tensor Call::input(size_t index, const char* name) const {
 }
 
 Tensor Call::output(size_t index, const int64_t* dims, size_t rank) const {
+  if (part_ != nullptr) return part_->output(index, dims, rank);
   ort::Value* value = nullptr;
   check(ort::kOutput(api(), context_, index, dims, rank, &value));
   if (value == nullptr) throw std::runtime_error("xexport kernel: the runtime gave no output buffer");

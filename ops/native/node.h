@@ -41,6 +41,9 @@ struct Tensor {
 class Node {
  public:
   Node(const char* op, const ort::KernelInfo* info);
+  // A node that is a part of another one (ops/sequence): its attributes are those of the whole that begin with
+  // `prefix`, its inputs have these numbers among the inputs of the whole; beyond those they are made inside.
+  Node(const Node& whole, const char* op, std::string prefix, std::vector<size_t> inputs, size_t outside);
 
   // An attribute; its absence is an error, as the exporter writes all of them.
   int64_t integer(const char* attribute) const;
@@ -59,14 +62,34 @@ class Node {
   void expect(const Tensor& tensor, ort::Element type, std::initializer_list<int64_t> shape) const;
 
  private:
+  // Where an input of this node is among those of the runtime's node; false: nowhere.
+  bool find(size_t& input) const;
+  std::string full(const char* attribute) const { return prefix_ + attribute; }
+
   std::string where_;
   const ort::KernelInfo* info_;  // valid in the constructor of a kernel only
+  std::string prefix_;
+  std::vector<size_t> inputs_;  // of a part
+  size_t outside_ = 0;
+};
+
+// Where a kernel's tensors are if its node is a part of another one.
+class Part {
+ public:
+  virtual size_t input_count() const = 0;
+  virtual Tensor input(size_t index) const = 0;
+  virtual Tensor output(size_t index, const int64_t* dims, size_t rank) const = 0;
+
+ protected:
+  ~Part() = default;
 };
 
 // One run of a kernel.
 class Call {
  public:
   explicit Call(ort::KernelContext* context) : context_(context) {}
+  // The same run, of a part of its node.
+  Call(const Call& whole, const Part& part) : context_(whole.context_), part_(&part) {}
 
   size_t input_count() const;
   Tensor input(size_t index, const char* name) const;
@@ -101,6 +124,7 @@ class Call {
  private:
   static constexpr double kWorthwhile = 200e3;  // some 20 us; waking a thread costs about 5 us
   ort::KernelContext* context_;
+  const Part* part_ = nullptr;
 };
 
 // Shape inference: output `to` is shaped as input `from`, if that is known to be of this rank.

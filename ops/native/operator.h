@@ -12,6 +12,8 @@
 #pragma once
 
 #include <functional>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -22,8 +24,24 @@ namespace xexport {
 
 using MakeOperator = std::function<ort::CustomOp*(Isa)>;
 
+// A kernel of any class.
+struct AnyKernel {
+  virtual ~AnyKernel() = default;
+  virtual void compute(const Call& call) const = 0;
+};
+// A kernel class: its inputs' types (one for all, if it has any number of them), and how one is made.
+struct KernelClass {
+  const ort::Element* inputs;
+  size_t input_count;
+  bool numbered;
+  std::unique_ptr<AnyKernel> (*make)(const Node&, Isa);
+};
+
 // Every operator of the library; filled while it is loaded.
 std::vector<MakeOperator>& operators();
+// Every kernel class by its operator's name, without a number: some have one for each type of weight. Filled while
+// the library is loaded.
+std::multimap<std::string, KernelClass>& kernels();
 // Names of those with kInPlace, separated by commas; filled while it is loaded.
 std::string& in_place_operators();
 
@@ -97,8 +115,22 @@ struct Operator : ort::CustomOp {
 };
 
 template <class Kernel>
+void add_kernel(bool numbered) {
+  struct Wrapped : AnyKernel {
+    Kernel kernel;
+    Wrapped(const Node& node, Isa isa) : kernel(node, isa) {}
+    void compute(const Call& call) const override { kernel.compute(call); }
+  };
+  const auto make = [](const Node& node, Isa isa) -> std::unique_ptr<AnyKernel> {
+    return std::make_unique<Wrapped>(node, isa);
+  };
+  kernels().insert({Kernel::kName, {std::data(Kernel::kInputs), std::size(Kernel::kInputs), numbered, make}});
+}
+
+template <class Kernel>
 struct Registered {
   Registered() {
+    add_kernel<Kernel>(false);
     operators().push_back([](Isa isa) -> ort::CustomOp* { return new Operator<Kernel>(isa); });
     if (Kernel::kInPlace[0] < 0) return;
     std::string& names = in_place_operators();
@@ -128,6 +160,7 @@ struct Numbered : Operator<Kernel> {
 template <class Kernel, int kCount>
 struct RegisteredNumbered {
   RegisteredNumbered() {
+    add_kernel<Kernel>(true);
     for (int i = 0; i < kCount; ++i) {
       operators().push_back([i](Isa isa) -> ort::CustomOp* { return new Numbered<Kernel>(isa, i); });
     }

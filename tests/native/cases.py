@@ -191,6 +191,32 @@ def _apart(*x: torch.Tensor, products: list[int]) -> tuple[torch.Tensor, ...]:
     return linear(*f32), linear(*f16), eight, four, six
 
 
+def _sequence(B: int, T: int, K: int, N: int) -> Case:
+    """A product, its rows in one axis, a product of those, and one more of both kinds of memory."""
+    normal = _random(B, T, K, N)
+    x = {"x": normal((B, T, K)), "down": normal((N, K)), "up": normal((K, N)).astype(np.float16)}
+
+    def part(op: str, inputs: list[int], place: int) -> list[int]:
+        return [len(op), *op.encode(), len(inputs), *inputs, 1, place]
+
+    plan = [3, *part("linear", [0, 1], -1), *part("reshape", [3], -1), *part("linear", [4, 2], -2)]
+    plan += [*part("linear", [5, 1], 1), *part("linear", [6, 2], -1), *part("reshape", [7], -1)]
+    plan += part("linear", [8, 1], 0)
+    return Case(x, {"plan": plan, "p1_shape": [-1, N], "p5_shape": [B, T, K]}, constant=("down", "up"))
+
+
+def _in_a_row(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    plan: list[int],
+    p1_shape: list[int],
+    p5_shape: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = (x @ down.T).reshape(p1_shape) @ up.T @ down.T
+    return (y @ up.T).reshape(p5_shape) @ down.T, y
+
+
 def _causal_conv1d(B: int, T: int, D: int, K: int, silu: int) -> Case:
     normal = _random(B, T, D, K)
     x = {"x": normal((B, T, D)), "weight": normal((K, D)), "bias": normal(D), "state": normal((B, K - 1, D))}
@@ -305,6 +331,7 @@ TABLE: dict[str, Row] = {
     "linear_int6x8": Row(linear_int6x8, _linear_int6x8, ((1, 1, 128, 40), (2, 3, 70, 33), (1, 40, 192, 50))),
     # the same kernel under many names
     "linear_group_0": Row(_apart, _linear_group, ((1, 1, 128, 40), (2, 3, 70, 33))),
+    "sequence_0": Row(_in_a_row, _sequence, ((1, 1, 96, 40), (2, 3, 65, 33))),
     "causal_conv1d": Row(
         _short_conv,
         _causal_conv1d,

@@ -1,0 +1,217 @@
+// xexport::sequence_<i>: the operators of a layer, one after another, as one node.
+//
+// A runtime spends some 5 us on every node beside its kernel, where a step streams weights through all caches: a
+// tenth of a step of 180 nodes. What a part computes is its own kernel's business, bit for bit. Values between
+// parts lie in memory of the thread that later parts use again, as the plan says.
+//
+// The kernel is the same for every i. The number tells apart the function bodies that a file carries for runtimes
+// without this library.
+#include <cstdlib>
+#include <new>
+
+#include "../native/operator.h"
+#include "plan.h"
+
+namespace xexport {
+namespace {
+
+using ort::Element;
+
+// A file has one function for every different row of operators.
+constexpr int kNames = 32;
+// Bytes that a thread keeps for its next call.
+constexpr size_t kKept = size_t{64} << 20;
+
+// Memory for values between parts; a thread has one for all its nodes, which run one after another.
+class Memories {
+ public:
+  ~Memories() { release(); }
+
+  float* get(size_t which, size_t bytes) {
+    if (which >= slots_.size()) slots_.resize(which + 1);
+    Slot& slot = slots_[which];
+    if (bytes > slot.bytes) {
+      std::free(slot.memory);
+      total_ -= slot.bytes;
+      slot = {nullptr, 0};
+      const size_t rounded = (bytes + 63) / 64 * 64;
+      slot.memory = std::aligned_alloc(64, rounded);
+      if (slot.memory == nullptr) throw std::bad_alloc();
+      slot.bytes = rounded;
+      total_ += rounded;
+    }
+    return static_cast<float*>(slot.memory);
+  }
+
+  // After a long prompt a step needs little of it.
+  void trim() {
+    if (total_ > kKept) release();
+  }
+
+ private:
+  struct Slot {
+    void* memory = nullptr;
+    size_t bytes = 0;
+  };
+
+  void release() {
+    for (Slot& slot : slots_) {
+      std::free(slot.memory);
+      slot = {nullptr, 0};
+    }
+    total_ = 0;
+  }
+
+  std::vector<Slot> slots_;
+  size_t total_ = 0;
+};
+
+Memories& memories() {
+  thread_local Memories mine;
+  return mine;
+}
+
+class Sequence {
+ public:
+  static constexpr const char* kName = "sequence";
+  static constexpr Element kInputs[] = {Element::undefined};  // any
+  static constexpr Element kOutputs[] = {Element::f32};
+  static constexpr int kInPlace[] = {-1, -1};
+  static void infer(ort::ShapeContext*) {}
+
+  Sequence(const Node& node, Isa isa) : node_(node), plan_(read(node)), constants_(plan_.inputs) {
+    for (size_t i = 0; i < plan_.inputs; ++i) constants_[i] = node.constant(i, "weight");
+    for (size_t i = 0; i < plan_.parts.size(); ++i) {
+      const SequencePart& part = plan_.parts[i];
+      const Node inner(node, part.op.c_str(), "p" + std::to_string(i) + "_", part.inputs, plan_.inputs);
+      Made made;
+      if (part.op == SequencePlan::kReshape) {
+        made.shape = inner.integers("shape");
+        if (made.shape.empty() || made.shape.size() > Tensor::kMaxRank || part.inputs.size() != 1 ||
+            part.places.size() != 1) {
+          inner.fail("it has one input, one output and a shape");
+        }
+      } else {
+        made.kernel = class_of(inner, part).make(inner, isa);
+      }
+      made_.push_back(std::move(made));
+    }
+  }
+
+  void compute(const Call& call) const {
+    if (call.input_count() != plan_.inputs) {
+      node_.fail("the plan has " + std::to_string(plan_.inputs) + " inputs, got " + std::to_string(call.input_count()));
+    }
+    std::vector<Tensor> values(plan_.values);
+    for (size_t i = 0; i < plan_.inputs; ++i) {
+      values[i] = constants_[i].data != nullptr ? constants_[i] : call.input(i, "input");
+    }
+    size_t made = plan_.inputs;
+    for (size_t i = 0; i < plan_.parts.size(); ++i) {
+      const SequencePart& part = plan_.parts[i];
+      if (made_[i].kernel == nullptr) {
+        reshape(values[part.inputs[0]], made_[i].shape, values[made]);
+      } else {
+        made_[i].kernel->compute(Call(call, Step(call, part, values, made)));
+      }
+      made += part.places.size();
+    }
+    memories().trim();
+  }
+
+ private:
+  struct Made {
+    std::unique_ptr<AnyKernel> kernel;  // none of a reshape
+    std::vector<int64_t> shape;
+  };
+
+  // One part's view of the values.
+  class Step : public Part {
+   public:
+    Step(const Call& call, const SequencePart& part, std::vector<Tensor>& values, size_t made)
+        : call_(call), part_(part), values_(values), made_(made) {}
+
+    size_t input_count() const override { return part_.inputs.size(); }
+
+    Tensor input(size_t index) const override {
+      return index < part_.inputs.size() ? values_[part_.inputs[index]] : Tensor();
+    }
+
+    Tensor output(size_t index, const int64_t* dims, size_t rank) const override {
+      if (index >= part_.places.size() || rank > Tensor::kMaxRank) {
+        throw std::runtime_error("xexport kernel: a part of a sequence has an output more than its plan");
+      }
+      Tensor& made = values_[made_ + index];
+      made.type = Element::f32;
+      made.rank = rank;
+      size_t bytes = sizeof(float);
+      for (size_t i = 0; i < rank; ++i) {
+        made.dim[i] = dims[i];
+        bytes *= static_cast<size_t>(dims[i]);
+      }
+      const int64_t place = part_.places[index];
+      made.data = place >= 0 ? call_.output(static_cast<size_t>(place), dims, rank).data
+                             : memories().get(static_cast<size_t>(-1 - place), bytes);
+      return made;
+    }
+
+   private:
+    const Call& call_;
+    const SequencePart& part_;
+    std::vector<Tensor>& values_;
+    size_t made_;
+  };
+
+  static SequencePlan read(const Node& node) {
+    try {
+      return SequencePlan(node.integers("plan"));
+    } catch (const std::runtime_error& error) {
+      node.fail(error.what());
+    }
+  }
+
+  // The class whose types are those of the constant inputs.
+  const KernelClass& class_of(const Node& inner, const SequencePart& part) const {
+    const auto [begin, end] = kernels().equal_range(part.op);
+    if (begin == end || part.op == kName) inner.fail("no such operator can be a part of a sequence");
+    for (auto it = begin; it != end; ++it) {
+      const KernelClass& one = it->second;
+      bool fits = one.numbered || part.inputs.size() == one.input_count;
+      for (size_t i = 0; fits && !one.numbered && i < part.inputs.size(); ++i) {
+        const size_t value = part.inputs[i];
+        if (value < plan_.inputs && constants_[value].data != nullptr) fits = constants_[value].type == one.inputs[i];
+      }
+      if (fits) return one;
+    }
+    inner.fail("no kernel reads inputs of these numbers and types");
+  }
+
+  // The same numbers in another shape, of which a 0 is the dimension as it was and a -1 what is left.
+  void reshape(const Tensor& from, const std::vector<int64_t>& shape, Tensor& to) const {
+    int64_t count = 1, known = 1, open = -1;
+    for (size_t i = 0; i < from.rank; ++i) count *= from.dim[i];
+    to = from;
+    to.rank = shape.size();
+    for (size_t i = 0; i < shape.size(); ++i) {
+      const bool same = shape[i] == 0 && i < from.rank;
+      to.dim[i] = same ? from.dim[i] : shape[i];
+      if (shape[i] == -1) {
+        open = static_cast<int64_t>(i);
+      } else {
+        known *= to.dim[i];
+      }
+    }
+    if (open >= 0) to.dim[open] = known > 0 ? count / known : 0;
+    if (known * (open >= 0 ? to.dim[open] : 1) != count) node_.fail("a shape does not fit " + from.describe());
+  }
+
+  Node node_;
+  SequencePlan plan_;
+  std::vector<Tensor> constants_;
+  std::vector<Made> made_;
+};
+
+const RegisteredNumbered<Sequence, kNames> registered;
+
+}  // namespace
+}  // namespace xexport
