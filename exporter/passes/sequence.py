@@ -59,6 +59,8 @@ def rewrite(model: ir.Model) -> list[Refusal]:
     refusals = []
     for nodes in list(_rows(model.graph)):
         part = _Sequence(nodes)
+        if not part.outputs:  # nothing reads it
+            continue
         key = part.body("").SerializeToString()
         if key not in names:
             if len(names) == NAMES:
