@@ -131,26 +131,19 @@ def _rows(graph: ir.Graph) -> Iterable[list[ir.Node]]:
 
 
 def _trimmed(row: list[ir.Node]) -> Iterable[list[ir.Node]]:
-    """The row without reshapes of which it needs no result, or whose result something else needs."""
-    while True:
-        inside = set(row)
-        keep = [n for n in row if _is_able(n) or _stays_inside(n, inside)]
-        if len(keep) == len(row):
-            break
-        row = _without(row, inside - set(keep))
-    if sum(map(_is_able, row)) >= FEWEST:
-        yield row
-
-
-def _without(row: list[ir.Node], dropped: set[ir.Node]) -> list[ir.Node]:
-    """The longest part of the row with none of the dropped nodes in it."""
+    """The parts of the row between reshapes whose result something else needs, too."""
+    inside = set(row)
     parts: list[list[ir.Node]] = [[]]
     for node in row:
-        if node in dropped:
-            parts.append([])
-        else:
+        if _is_able(node) or _stays_inside(node, inside):
             parts[-1].append(node)
-    return max(parts, key=len)
+        else:
+            parts.append([])
+    if len(parts) > 1:  # less is inside now
+        for part in parts:
+            yield from _trimmed(part)
+    elif sum(map(_is_able, row)) >= FEWEST:
+        yield row
 
 
 def _stays_inside(node: ir.Node, inside: set[ir.Node]) -> bool:
