@@ -137,7 +137,7 @@ def test_manifest_decides_every_weight_and_says_why(exporter: Any, family: str, 
     assert all(d.error == 0 for d in manifest.decisions if d.format in ("float32", "int64"))
 
 
-FUSED = ("fused_rows_", "linear_group_")
+FUSED = ("fused_rows_", "linear_group_", "sequence_")
 
 
 def one_name_for_fused(domain: str, name: str) -> tuple[str, str]:
@@ -152,8 +152,12 @@ def test_every_custom_operator_has_a_body_and_its_lowering(exporter: Any, family
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     ours = {(get_op(n).domain, get_op(n).graph_name) for n in op_names()}
     ours |= {("xexport", f"{p}*") for p in FUSED}
-    joined = {f.name: list(f.node) for f in model.functions if f.name.startswith("linear_group_")}
-    nodes = [m for n in model.graph.node for m in (n, *joined.get(n.op_type, ()))]
+    joined = {f.name: f.node for f in model.functions if f.name.startswith(("linear_group_", "sequence_"))}
+
+    def with_called(nodes: Any) -> list[Any]:
+        return [m for n in nodes for m in (n, *with_called(joined.get(n.op_type, ())))]
+
+    nodes = with_called(model.graph.node)
     used = [one_name_for_fused(n.domain, n.op_type) for n in nodes]
     used = [key for key in used if key in ours]
     assert used, "a family of xexport that needs no operator of its own"
