@@ -70,6 +70,14 @@ XEXPORT_INLINE void exp2_normal(Vec* z) {
   }
 }
 
+// 2^z for z in [-1/2, 0]: a polynomial alone, of degree 4 with constant term 1 and fitted as the other one; 9.3e-8.
+XEXPORT_INLINE Vec exp2_short(Vec z) {
+  Vec p = all(8.11456e-3f) * z + all(5.488013e-2f);
+  p = p * z + all(2.4012213e-1f);
+  p = p * z + all(6.9314166e-1f);
+  return p * z + all(1.0f);
+}
+
 XEXPORT_INLINE Vec power_of_integer(IntVec n) {
   const IntVec bits = (n + 127) << 23;
   Vec result;

@@ -92,107 +92,169 @@ void steps(const SelectiveScan& x, int64_t first, int64_t last) {
   }
 }
 
-// exp(dt A) of a token and block, [size, kWidth]; dt is scaled by log2(e). Careful: they need not be normal.
-template <bool Careful>
-XEXPORT_INLINE void decays(const Vec* dt, const float* A, int64_t size, float* to) {
-  constexpr int kMany = 4;  // vectors side by side
-  int64_t at = 0;
-  for (; !Careful && at + kMany * kLanes <= size * kWidth; at += kMany * kLanes) {
-    Vec z[kMany];
-#pragma GCC unroll 4
-    for (int i = 0; i < kMany; ++i) z[i] = no_product(dt[i % kBlock] * load(A + at + i * kLanes));
-    exp2_normal<kMany>(z);
-#pragma GCC unroll 4
-    for (int i = 0; i < kMany; ++i) store(to + at + i * kLanes, z[i]);
-  }
-  for (int64_t q = 0; at < size * kWidth; at += kLanes, ++q) {
-    store(to + at, exp2_any(no_product(dt[q % kBlock] * load(A + at))));
-  }
-}
-
-// One token of a block of channels; h and decay are [size, kWidth].
-XEXPORT_INLINE void token(const float* decay, const Vec* added, const float* B, const float* C, int64_t size,
-                          float* h, Vec* y) {
-  for (int64_t n = 0; n < size; ++n) {
-    const Vec b = all(B[n]), c = all(C[n]);
-#pragma GCC unroll 4
-    for (int q = 0; q < kBlock; ++q) {
-      const int64_t cell = n * kWidth + q * kLanes;
-      const Vec next = load(decay + cell) * load(h + cell) + added[q] * b;
-      store(h + cell, next);
-      y[q] += next * c;
-    }
-  }
-}
-
-// kWidth channels, or what is left of them; behind the last one the lanes hold zeros.
+// kWidth channels, or what is left of them; behind the last one the lanes hold zeros. A and `step` are in
+// powers of two: times log2(e).
 struct Block {
-  float *h, *A;    // [size, kWidth]
-  Vec low[kBlock], high[kBlock];  // the least and the greatest A of a channel, and 0
+  float *h, *A, *step;  // [size, kWidth]; step[n] = A[n] - A[n - 1]
+  // dt below which every dt A is a normal power, and those in [0, even) with steps that exp2_short takes
+  Vec normal[kBlock], even[kBlock];
   Vec skip[kBlock];
   int64_t first, width;
 };
 
+// Whole: all kWidth channels exist.
+template <bool Whole>
 XEXPORT_INLINE void load_channels(const Block& block, const float* from, Vec* to) {
-  alignas(kBytes) float part[kWidth] = {};
-  if (block.width < kWidth) {
+  alignas(kBytes) float part[kWidth];
+  if (!Whole) {
+    for (int q = 0; q < kBlock; ++q) store(part + q * kLanes, Vec{});
     std::memcpy(part, from, static_cast<size_t>(block.width) * sizeof(float));
     from = part;
   }
   for (int q = 0; q < kBlock; ++q) to[q] = load(from + q * kLanes);
 }
 
+template <bool Whole>
 XEXPORT_INLINE void store_channels(const Block& block, const Vec* from, float* to) {
   alignas(kBytes) float part[kWidth];
-  float* whole = block.width < kWidth ? part : to;
-  for (int q = 0; q < kBlock; ++q) store(whole + q * kLanes, from[q]);
-  if (block.width < kWidth) std::memcpy(to, part, static_cast<size_t>(block.width) * sizeof(float));
+  for (int q = 0; q < kBlock; ++q) store((Whole ? to : part) + q * kLanes, from[q]);
+  if (!Whole) std::memcpy(to, part, static_cast<size_t>(block.width) * sizeof(float));
+}
+
+// How a token's decays are made.
+enum class Decays {
+  careful,  // of any numbers
+  normal,   // exp2_normal
+  even,     // exp(dt A[n]) = exp(dt A[n - 1]) exp(dt step[n]), and every kTogether-th afresh
+};
+constexpr int64_t kTogether = 4;
+
+XEXPORT_INLINE Vec magnitude(Vec v) { return v < Vec{} ? -v : v; }
+
+// Up to which dt the ways of making decays hold; where A is no number, up to none.
+void set_limits(Block& block, int64_t size) {
+  for (int q = 0; q < kBlock; ++q) {
+    Vec most = {}, steepest = {};
+    IntVec known = IntVec{} - 1, falls = IntVec{} - (size % kTogether == 0);
+    for (int64_t n = 0; n < size; ++n) {
+      const int64_t at = n * kWidth + q * kLanes;
+      const Vec A = load(block.A + at), size_of = magnitude(A);
+      most = size_of <= most ? most : size_of;
+      known &= A == A;
+      if (n % kTogether == 0) continue;
+      const Vec step = A - load(block.A + at - kWidth);
+      store(block.step + at, step);
+      falls &= step <= Vec{};
+      steepest = -step <= steepest ? steepest : -step;
+    }
+    block.normal[q] = known ? all(125.0f) / most : Vec{};
+    const Vec even = all(0.5f) / steepest;
+    block.even[q] = falls ? (even < block.normal[q] ? even : block.normal[q]) : Vec{};
+  }
 }
 
 void fill(const SelectiveScan& x, int64_t first, int64_t last, float* memory, Block& block) {
-  const int64_t size = x.size, width = last - first < kWidth ? last - first : kWidth;
-  block = {memory, memory + size * kWidth, {}, {}, {}, first, width};
-  if (width < kWidth) std::memset(memory, 0, static_cast<size_t>(2 * size * kWidth) * sizeof(float));
+  const int64_t size = x.size, cells = size * kWidth, width = last - first < kWidth ? last - first : kWidth;
+  block = {memory, memory + cells, memory + 2 * cells, {}, {}, {}, first, width};
+  if (width < kWidth) std::memset(memory, 0, static_cast<size_t>(2 * cells) * sizeof(float));
   transpose(x.state + first * size, size, width, size, block.h, kWidth);
   transpose(x.A + first * size, size, width, size, block.A, kWidth);
-  load_channels(block, x.D + first, block.skip);
-  for (int64_t n = 0; n < size; ++n) {
-    for (int q = 0; q < kBlock; ++q) {
-      const Vec a = load(block.A + n * kWidth + q * kLanes);
-      block.low[q] = a >= block.low[q] ? block.low[q] : a;  // a NaN gets in: every token is a careful one
-      block.high[q] = a <= block.high[q] ? block.high[q] : a;
+  for (int64_t i = 0; i < cells; i += kLanes) store(block.A + i, load(block.A + i) * all(kLog2E));
+  width == kWidth ? load_channels<true>(block, x.D + first, block.skip)
+                  : load_channels<false>(block, x.D + first, block.skip);
+  set_limits(block, size);
+}
+
+template <bool Whole>
+XEXPORT_INLINE Decays decays_of(const SelectiveScan& x, const Block& block, int64_t t) {
+  Vec dt[kBlock];
+  load_channels<Whole>(block, x.dt + t * x.channels + block.first, dt);
+  IntVec normal = IntVec{} - 1, even = normal;
+  for (int q = 0; q < kBlock; ++q) {
+    normal &= magnitude(dt[q]) < block.normal[q];
+    even &= (dt[q] >= Vec{}) & (dt[q] < block.even[q]);
+  }
+  return in_every_lane(even) ? Decays::even : in_every_lane(normal) ? Decays::normal : Decays::careful;
+}
+
+// Row n of a block.
+XEXPORT_INLINE void update_row(const Vec* decay, const Vec* added, const float* B, const float* C, int64_t n,
+                               float* h, Vec* y) {
+  const Vec b = all(B[n]), c = all(C[n]);
+#pragma GCC unroll 4
+  for (int q = 0; q < kBlock; ++q) {
+    const int64_t cell = n * kWidth + q * kLanes;
+    const Vec next = decay[q] * load(h + cell) + added[q] * b;
+    store(h + cell, next);
+    y[q] += next * c;
+  }
+}
+
+// All rows of a block.
+template <Decays How>
+XEXPORT_INLINE void update_block(const Vec* dt, const Vec* added, const float* B, const float* C, int64_t size,
+                                 const Block& block, Vec* y) {
+  constexpr int64_t kRows = How == Decays::even ? kTogether : 1;
+  const float *A = block.A, *step = block.step;
+  float* h = block.h;
+#pragma GCC unroll 1
+  for (int64_t n = 0; n < size; n += kRows) {
+    Vec decay[kBlock];
+#pragma GCC unroll 4
+    for (int q = 0; q < kBlock; ++q) decay[q] = no_product(dt[q] * load(A + n * kWidth + q * kLanes));
+    if (How == Decays::careful) {
+      for (int q = 0; q < kBlock; ++q) decay[q] = exp2_any(decay[q]);
+    } else {
+      exp2_normal<kBlock>(decay);
+    }
+    update_row(decay, added, B, C, n, h, y);
+#pragma GCC unroll 4
+    for (int64_t i = n + 1; i < n + kRows; ++i) {
+#pragma GCC unroll 4
+      for (int q = 0; q < kBlock; ++q) decay[q] *= exp2_short(dt[q] * load(step + i * kWidth + q * kLanes));
+      update_row(decay, added, B, C, i, h, y);
     }
   }
 }
 
 // Tokens from .. to - 1 of a block. The next block's are asked for meanwhile: the rows of tokens lie in
 // different pages, so no prefetcher of a processor guesses them.
-void columns(const SelectiveScan& x, const Block& block, int64_t from, int64_t to, int64_t ahead,
-             float* decay) {
+template <Decays How, bool Whole>
+__attribute__((noinline)) void tokens(const SelectiveScan& scan, const Block& channels, int64_t from, int64_t to,
+                                      int64_t ahead) {
+  const SelectiveScan x = scan;  // what is stored might be its sizes, for all the compiler knows
+  const Block block = channels;
   for (int64_t t = from; t < to; ++t) {
     const int64_t row = t * x.channels + block.first;
     __builtin_prefetch(x.dt + row + ahead);
     __builtin_prefetch(x.u + row + ahead);
     __builtin_prefetch(x.y + row + ahead, 1);
     Vec dt[kBlock], u[kBlock], added[kBlock], y[kBlock];
-    load_channels(block, x.dt + row, dt);
-    load_channels(block, x.u + row, u);
-    IntVec normal = IntVec{} - 1;
+    load_channels<Whole>(block, x.dt + row, dt);
+    load_channels<Whole>(block, x.u + row, u);
     for (int q = 0; q < kBlock; ++q) {
       added[q] = dt[q] * u[q];
       y[q] = block.skip[q] * u[q];
-      dt[q] *= all(kLog2E);
-      // for a negative dt the ends change places
-      normal &= is_normal_power(dt[q] * block.low[q]) & is_normal_power(dt[q] * block.high[q]);
     }
-    const float *B = x.B + t * x.size, *C = x.C + t * x.size;
-    if (in_every_lane(normal)) {
-      decays<false>(dt, block.A, x.size, decay);
+    update_block<How>(dt, added, x.B + t * x.size, x.C + t * x.size, x.size, block, y);
+    store_channels<Whole>(block, y, x.y + row);
+  }
+}
+
+template <bool Whole>
+void columns(const SelectiveScan& x, const Block& block, int64_t from, int64_t to, int64_t ahead) {
+  while (from < to) {
+    const Decays how = decays_of<Whole>(x, block, from);
+    int64_t end = from + 1;
+    while (end < to && decays_of<Whole>(x, block, end) == how) ++end;
+    if (how == Decays::even) {
+      tokens<Decays::even, Whole>(x, block, from, end, ahead);
+    } else if (how == Decays::normal) {
+      tokens<Decays::normal, Whole>(x, block, from, end, ahead);
     } else {
-      decays<true>(dt, block.A, x.size, decay);
+      tokens<Decays::careful, Whole>(x, block, from, end, ahead);
     }
-    token(decay, added, B, C, x.size, block.h, y);
-    store_channels(block, y, x.y + row);
+    from = end;
   }
 }
 
@@ -203,15 +265,18 @@ constexpr int kBlocks = static_cast<int>(kScanChannels / kWidth);
 void by_columns(const SelectiveScan& x, int64_t first, int64_t last, float* scratch) {
   Block blocks[kBlocks];
   int count = 0;
-  float* decay = scratch + 2 * x.size * kScanChannels;
   for (int64_t d = first; d < last; d += kWidth, ++count) {
-    fill(x, d, last, scratch + count * 2 * x.size * kWidth, blocks[count]);
+    fill(x, d, last, scratch + count * 3 * x.size * kWidth, blocks[count]);
   }
   for (int64_t t = 0; t < x.tokens; t += kTokens) {
     const int64_t end = t + kTokens < x.tokens ? t + kTokens : x.tokens;
     // behind the last block comes the first one, with the tokens after these
     const int64_t back = end + kTokens <= x.tokens ? kTokens * x.channels - (count - 1) * kWidth : 0;
-    for (int i = 0; i < count; ++i) columns(x, blocks[i], t, end, i + 1 < count ? kWidth : back, decay);
+    for (int i = 0; i < count; ++i) {
+      const int64_t ahead = i + 1 < count ? kWidth : back;
+      blocks[i].width == kWidth ? columns<true>(x, blocks[i], t, end, ahead)
+                                : columns<false>(x, blocks[i], t, end, ahead);
+    }
   }
   for (int i = 0; i < count; ++i) {
     const Block& block = blocks[i];
@@ -227,7 +292,7 @@ void run(const SelectiveScan& x, int64_t first, int64_t last, float* scratch) {
   }
 }
 
-int64_t scratch_size(int64_t size) { return size * (2 * kScanChannels + kWidth); }
+int64_t scratch_size(int64_t size) { return 3 * size * kScanChannels; }
 
 }  // namespace
 
