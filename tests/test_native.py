@@ -334,6 +334,19 @@ def test_selective_scan_on_every_instruction_set(library: Path, isa: str, T: int
     assert max(map(error, got, reference(selective_scan, x))) <= TOLERANCES["op_fp32"]
 
 
+@pytest.mark.parametrize("N", [4, 6, 16])
+def test_selective_scan_of_even_decays(library: Path, isa: str, N: int) -> None:
+    """A near -1 .. -N, whose decays are made of each other, but for the channels and tokens that forbid it."""
+    x = scan_inputs(2, 40, 70, N)
+    x["A"] = -np.arange(1, N + 1, dtype=np.float32) - np.abs(x["A"]) / 100
+    x["A"][16:20] = x["A"][16:20, ::-1]
+    x["dt"] /= 4
+    x["dt"][:, 7::11] *= 100
+    x["dt"][:, 3, 50] = 0
+    got = kernel("selective_scan", x, library, isa)
+    assert max(map(error, got, reference(selective_scan, x))) <= TOLERANCES["op_fp32"]
+
+
 @pytest.mark.parametrize("L", [1, 2, 31, 64, 97, 128, 160, 192, 1000, 1025, 1300, 4096, 20000])
 def test_fft_conv_on_every_instruction_set(library: Path, isa: str, L: int) -> None:
     """All three radices of the first pass, with and without blocks that exceed the cache."""

@@ -92,8 +92,7 @@ void steps(const SelectiveScan& x, int64_t first, int64_t last) {
   }
 }
 
-// kWidth channels, or what is left of them; behind the last one the lanes hold zeros. A and `step` are in
-// powers of two: times log2(e).
+// kWidth channels, or what is left of them; behind the last one the lanes hold zeros.
 struct Block {
   float *h, *A, *step;  // [size, kWidth]; step[n] = A[n] - A[n - 1]
   // dt below which every dt A is a normal power, and those in [0, even) with steps that exp2_short takes
@@ -147,8 +146,8 @@ void set_limits(Block& block, int64_t size) {
       falls &= step <= Vec{};
       steepest = -step <= steepest ? steepest : -step;
     }
-    block.normal[q] = known ? all(125.0f) / most : Vec{};
-    const Vec even = all(0.5f) / steepest;
+    block.normal[q] = known ? all(125.0f / kLog2E) / most : Vec{};
+    const Vec even = all(0.5f / kLog2E) / steepest;
     block.even[q] = falls ? (even < block.normal[q] ? even : block.normal[q]) : Vec{};
   }
 }
@@ -159,7 +158,6 @@ void fill(const SelectiveScan& x, int64_t first, int64_t last, float* memory, Bl
   if (width < kWidth) std::memset(memory, 0, static_cast<size_t>(2 * cells) * sizeof(float));
   transpose(x.state + first * size, size, width, size, block.h, kWidth);
   transpose(x.A + first * size, size, width, size, block.A, kWidth);
-  for (int64_t i = 0; i < cells; i += kLanes) store(block.A + i, load(block.A + i) * all(kLog2E));
   width == kWidth ? load_channels<true>(block, x.D + first, block.skip)
                   : load_channels<false>(block, x.D + first, block.skip);
   set_limits(block, size);
@@ -190,7 +188,7 @@ XEXPORT_INLINE void update_row(const Vec* decay, const Vec* added, const float* 
   }
 }
 
-// All rows of a block.
+// All rows of a block; dt is scaled by log2(e).
 template <Decays How>
 XEXPORT_INLINE void update_block(const Vec* dt, const Vec* added, const float* B, const float* C, int64_t size,
                                  const Block& block, Vec* y) {
@@ -226,15 +224,16 @@ __attribute__((noinline)) void tokens(const SelectiveScan& scan, const Block& ch
   const Block block = channels;
   for (int64_t t = from; t < to; ++t) {
     const int64_t row = t * x.channels + block.first;
-    __builtin_prefetch(x.dt + row + ahead);
-    __builtin_prefetch(x.u + row + ahead);
-    __builtin_prefetch(x.y + row + ahead, 1);
+    __builtin_prefetch(x.dt + row + ahead + kWidth - 1);
+    __builtin_prefetch(x.u + row + ahead + kWidth - 1);
+    __builtin_prefetch(x.y + row + ahead + kWidth - 1, 1);
     Vec dt[kBlock], u[kBlock], added[kBlock], y[kBlock];
     load_channels<Whole>(block, x.dt + row, dt);
     load_channels<Whole>(block, x.u + row, u);
     for (int q = 0; q < kBlock; ++q) {
       added[q] = dt[q] * u[q];
       y[q] = block.skip[q] * u[q];
+      dt[q] *= all(kLog2E);
     }
     update_block<How>(dt, added, x.B + t * x.size, x.C + t * x.size, x.size, block, y);
     store_channels<Whole>(block, y, x.y + row);

@@ -101,9 +101,12 @@ def _wkv4(B: int, T: int, C: int) -> Case:
     return Case({"w": w, "u": u, "k": 4 * k, "v": v, "aa": aa, "bb": np.exp(bb), "pp": pp}, {})
 
 
-def _selective_scan(B: int, T: int, D: int, N: int) -> Case:
+def _selective_scan(B: int, T: int, D: int, N: int, even: int = 0) -> Case:
+    """``even``: A near -1 .. -N, as Mamba's."""
     normal = _random(B, T, D, N)
     x = {"u": normal((B, T, D)), "dt": np.log1p(np.exp(normal((B, T, D)) - 2)), "A": -np.exp(normal((D, N)))}
+    if even:
+        x["A"] = -np.arange(1, N + 1) - 0.1 * normal((D, N))
     x |= {"B": normal((B, T, N)), "C": normal((B, T, N)), "D": normal(D), "state": normal((B, D, N))}
     return Case(x, {})
 
@@ -303,7 +306,14 @@ TABLE: dict[str, Row] = {
     "selective_scan": Row(
         selective_scan,
         _selective_scan,
-        ((1, 1, 40, 16), (2, 3, 33, 32), (1, 40, 600, 16), (2, 9, 70, 5), (1, 17, 129, 24)),
+        (
+            (1, 1, 40, 16),
+            (2, 3, 33, 32),
+            (1, 40, 600, 16),
+            (2, 9, 70, 5),
+            (1, 17, 129, 24),
+            (2, 19, 70, 16, 1),
+        ),
     ),
     "modal_conv": Row(
         modal_conv, _modal_conv, ((1, 1, 64, 16), (2, 3, 33, 5), (1, 40, 200, 8), (2, 9, 70, 1), (1, 2, 7, 3))
