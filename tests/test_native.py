@@ -336,7 +336,7 @@ def test_selective_scan_on_every_instruction_set(library: Path, isa: str, T: int
 
 @pytest.mark.parametrize("N", [4, 6, 16])
 def test_selective_scan_of_even_decays(library: Path, isa: str, N: int) -> None:
-    """A near -1 .. -N, whose decays are made of each other, but for the channels and tokens that forbid it."""
+    """A near -1 .. -N: decays are made of each other, but for the channels and tokens that forbid it."""
     x = scan_inputs(2, 40, 70, N)
     x["A"] = -np.arange(1, N + 1, dtype=np.float32) - np.abs(x["A"]) / 100
     x["A"][16:20] = x["A"][16:20, ::-1]
