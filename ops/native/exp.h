@@ -70,11 +70,12 @@ XEXPORT_INLINE void exp2_normal(Vec* z) {
   }
 }
 
-// 2^z for z in [-1/2, 0]: a polynomial alone, of degree 4 with constant term 1 and fitted as the other one; 9.3e-8.
+// 2^z for z in [-1/2, 1/2]: the polynomial alone.
 XEXPORT_INLINE Vec exp2_short(Vec z) {
-  Vec p = all(8.11456e-3f) * z + all(5.488013e-2f);
-  p = p * z + all(2.4012213e-1f);
-  p = p * z + all(6.9314166e-1f);
+  Vec p = all(1.326472731e-3f) * z + all(9.671512991e-3f);
+  p = p * z + all(5.550733581e-2f);
+  p = p * z + all(2.402224243e-1f);
+  p = p * z + all(6.931470037e-1f);
   return p * z + all(1.0f);
 }
 

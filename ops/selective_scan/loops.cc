@@ -95,7 +95,7 @@ void steps(const SelectiveScan& x, int64_t first, int64_t last) {
 // kWidth channels, or what is left of them; behind the last one the lanes hold zeros.
 struct Block {
   float *h, *A, *step;  // [size, kWidth]; step[n] = A[n] - A[n - 1]
-  // dt below which every dt A is a normal power, and those in [0, even) with steps that exp2_short takes
+  // |dt| below which every dt A is a normal power, and every dt step one that exp2_short takes
   Vec normal[kBlock], even[kBlock];
   Vec skip[kBlock];
   int64_t first, width;
@@ -133,8 +133,8 @@ XEXPORT_INLINE Vec magnitude(Vec v) { return v < Vec{} ? -v : v; }
 // Up to which dt the ways of making decays hold; where A is no number, up to none.
 void set_limits(Block& block, int64_t size) {
   for (int q = 0; q < kBlock; ++q) {
-    Vec most = {}, steepest = {};
-    IntVec known = IntVec{} - 1, falls = IntVec{} - (size % kTogether == 0);
+    Vec most = {}, steepest = size % kTogether == 0 ? Vec{} : all(__builtin_inff());
+    IntVec known = IntVec{} - 1;
     for (int64_t n = 0; n < size; ++n) {
       const int64_t at = n * kWidth + q * kLanes;
       const Vec A = load(block.A + at), size_of = magnitude(A);
@@ -143,12 +143,11 @@ void set_limits(Block& block, int64_t size) {
       if (n % kTogether == 0) continue;
       const Vec step = A - load(block.A + at - kWidth);
       store(block.step + at, step);
-      falls &= step <= Vec{};
-      steepest = -step <= steepest ? steepest : -step;
+      steepest = magnitude(step) <= steepest ? steepest : magnitude(step);
     }
     block.normal[q] = known ? all(125.0f / kLog2E) / most : Vec{};
     const Vec even = all(0.5f / kLog2E) / steepest;
-    block.even[q] = falls ? (even < block.normal[q] ? even : block.normal[q]) : Vec{};
+    block.even[q] = even < block.normal[q] ? even : block.normal[q];
   }
 }
 
@@ -170,7 +169,7 @@ XEXPORT_INLINE Decays decays_of(const SelectiveScan& x, const Block& block, int6
   IntVec normal = IntVec{} - 1, even = normal;
   for (int q = 0; q < kBlock; ++q) {
     normal &= magnitude(dt[q]) < block.normal[q];
-    even &= (dt[q] >= Vec{}) & (dt[q] < block.even[q]);
+    even &= magnitude(dt[q]) < block.even[q];
   }
   return in_every_lane(even) ? Decays::even : in_every_lane(normal) ? Decays::normal : Decays::careful;
 }
