@@ -194,6 +194,7 @@ def test_a_folder_is_opened(page: Any, make_toy_bundle: ToyMaker, tmp_path: Path
     text = Bundle(folder, manifest).tokenizer().decode(ids)
     pick_folder(page, folder.parent)
     wait(page, "ready")
+    assert page.text_content("#text") == "", "no text of the model before"
     assert page.inner_text("#bundle option:checked") == folder.parent.name
     assert page.inner_text("#model").startswith("my bundle")
     assert "exported for cpu-fp32, not for browsers" in page.inner_text("#note")

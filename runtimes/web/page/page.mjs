@@ -1,7 +1,7 @@
 // The page: pick a bundle and a backend, type a prompt, watch the text, its speed and the memory.
 
 const $ = (id) => document.getElementById(id);
-const CHART = 240; // tokens that the chart shows
+const CHART = [40, 240]; // tokens that the chart has room for, at least and at most
 
 let worker;
 let bundles = []; // rows of {name, and url or files}; provider: the backend to begin with, if that is known already
@@ -16,7 +16,7 @@ function open(provider) {
   worker.onmessage = ({ data: { event, ...parts } }) => handlers[event](parts);
   worker.onerror = (event) => handlers.failed({ message: event.message || "the page's worker could not be started" });
   for (const id of ["speed", "prompt-speed", "memory", "opened"]) $(id).textContent = "–";
-  for (const id of ["model", "facts"]) $(id).replaceChildren();
+  for (const id of ["model", "facts", "prompt-shown", "made", "chart", "chart-top"]) $(id).replaceChildren();
   for (const id of ["error", "note"]) $(id).hidden = true;
   opened = false;
   running(false);
@@ -109,10 +109,11 @@ function takes({ heap, device }) {
 }
 
 function chart(ms) {
-  times = times.concat(ms).slice(-CHART);
+  times = times.concat(ms).slice(-CHART[1]);
   if (times.length === 0) return;
   const top = Math.max(...times, 0.001);
-  const x = (i) => ((i + CHART - times.length) * 240) / (CHART - 1);
+  const room = Math.max(times.length, CHART[0]);
+  const x = (i) => ((i + room - times.length) * 240) / (room - 1);
   const points = times.map((t, i) => `${x(i).toFixed(1)},${(62 - (60 * t) / top).toFixed(1)}`).join(" ");
   const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
   line.setAttribute("points", points);
