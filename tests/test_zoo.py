@@ -29,6 +29,7 @@ from xexport.zoo.train import Recipe, main, train
 FAMILIES = ("hyena", "mamba", "retnet", "rwkv")
 SHIPPED = (
     *FAMILIES,
+    "aft",
     "block_transformer",
     "gtrxl",
     "hourglass",
@@ -38,12 +39,14 @@ SHIPPED = (
     "longnet",
     "m2_gpt",
     "mamba2",
+    "mamba_mixer",
     "megabyte",
     "performer",
     "reformer",
     "rwkv4",
     "rwkv5",
     "rwkv6",
+    "slab",
     "striped_hyena",
     "tokenformer",
     "transformer",
