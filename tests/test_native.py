@@ -543,7 +543,8 @@ def test_cached_attention_of_wrong_shapes_names_the_node(
 @given(
     name=st.sampled_from(["wkv7", "selective_scan"]),
     T=st.sampled_from([1, 9]),
-    value=st.sampled_from([np.nan, np.inf, -np.inf, 3e38]),
+    # of numbers near float32's largest, 3e38, the order of sums decides which of them overflow
+    value=st.sampled_from([np.nan, np.inf, -np.inf, 1e30]),
     data=st.data(),
 )
 def test_nan_and_infinity_as_in_the_reference(
