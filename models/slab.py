@@ -229,15 +229,15 @@ class Slab(nn.Module):
         """The blocks in their order."""
         return list(self.layers)  # type: ignore[arg-type]
 
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin ``[T,1,K/2]`` of the rotation at int64 positions ``[T]``."""
-        return rope_angles(self.turns, positions, dtype)
+        return rope_angles(self.turns, positions, self.head.weight.dtype)
 
     def forward(self, tokens: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         *rest, position = state
         (batch, length), heads = tokens.shape, self.config.heads
         x, after = self.embed(tokens), []
-        rope = self.angles(position + torch.arange(length, device=tokens.device), x.dtype)
+        rope = self.angles(position + torch.arange(length, device=tokens.device))
         decay = x.new_zeros(batch, length, heads)
         for i, block in enumerate(self.blocks()):
             sums, last = rest[2 * i : 2 * i + 2]
@@ -267,7 +267,7 @@ class SlabTraining(Slab):
         c = self.config
         x = self.embed(tokens)
         share = (1 - self.steps.to(x.dtype) / c.norm_steps).clamp(min=0)
-        rope = self.angles(torch.arange(tokens.shape[1], device=tokens.device), x.dtype)
+        rope = self.angles(torch.arange(tokens.shape[1], device=tokens.device))
         empty = x.new_zeros(x.shape[0], c.heads, c.size, c.size + 1)
         for block in self.blocks():
             last = x.new_zeros(x.shape[0], c.taps - 1, c.width)

@@ -66,7 +66,6 @@ class FusedRows {
     }
     if (T == 0) return keep_histories(in, out, B);
     const int64_t rows = B * T;
-    if (rows == 1) ask_for_weights();
     const double work = static_cast<double>(rows) * row_work_;
     // parts long enough that the rows computed twice don't matter
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(16, rows / (8 * (program_.depth + 1))));
@@ -124,16 +123,6 @@ class FusedRows {
     wanted.rank = count + port.shape.size();
     for (size_t d = 0; d < wanted.rank; ++d) wanted.dim[d] = d < count ? lead[d] : port.shape[d - count];
     node_.fail("input " + std::to_string(i) + " must be " + wanted.describe() + ", got " + tensor.describe());
-  }
-
-  // In a step the weights of large products have pushed these out of every cache, and one by one they are too short
-  // for the processor to see where they lead.
-  void ask_for_weights() const {
-    constexpr int64_t kLine = 16;
-    for (size_t i = 0; i < fixed_.size(); ++i) {
-      if (fixed_[i] == nullptr) continue;
-      for (int64_t j = 0; j < program_.inputs[i].width; j += kLine) __builtin_prefetch(fixed_[i] + j);
-    }
   }
 
   // Without tokens what a shift looks back on stays as it was.

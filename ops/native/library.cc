@@ -100,7 +100,10 @@ XEXPORT_PUBLIC xexport::ort::Status* RegisterCustomOps(xexport::ort::SessionOpti
   }
   g_has_shape_slot = minor >= ort::kShapeApiVersion;
   g_api = base->GetApi(g_has_shape_slot ? ort::kShapeApiVersion : ort::kApiVersion);
-  return guarded([&] { check(ort::kAddCustomOpDomain(g_api, options, domain(session_isa(options), entry(options, "xexport.sequences") == "0"))); });
+  return guarded([&] {
+    const bool apart = entry(options, "xexport.sequences") == "0";
+    check(ort::kAddCustomOpDomain(g_api, options, domain(session_isa(options), apart)));
+  });
 }
 
 // The instruction set that sessions of this process get unless they ask for another; "" if XEXPORT_ISA

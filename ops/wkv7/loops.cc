@@ -76,10 +76,6 @@ XEXPORT_INLINE void step(const Wkv7Head& x, int64_t at, int64_t row, const float
   store(x.y + at + row, sums(partial));
 }
 
-constexpr int64_t kLine = 16;  // floats that come from memory together
-
-XEXPORT_INLINE void prefetch(const float* p) { __builtin_prefetch(p, 1); }
-
 // One row of one token, for any size.
 void step_row(const Wkv7Head& x, int64_t at, int64_t row, const float* from, float* to) {
   const float v = x.v[at + row];
@@ -98,7 +94,6 @@ void rows(const Wkv7Head& x) {
   const int64_t size = Size > 0 ? Size : x.size, height = size % kLanes == 0 ? kLanes : 1;
   for (int64_t row = 0; row < size; row += height) {
     float* to = x.new_state + row * size;
-    for (int64_t j = 0; j < height * size; j += kLine) prefetch(x.state + (row + height) * size + j);
     for (int64_t t = 0; t < x.tokens; ++t) {
       const float* from = t == 0 ? x.state + row * size : to;
       if (height == kLanes) {
@@ -173,6 +168,7 @@ XEXPORT_INLINE Vec load_or(const float* p, int64_t n, float fill) {
 // Asks for a tile's part of the vectors of token t. They lie a whole row of heads apart, mostly in another
 // page each, which no prefetcher of a processor guesses.
 XEXPORT_INLINE void prefetch(const Wkv7Head& x, int64_t t, const Tile& tile) {
+  constexpr int64_t kLine = 16;
   if (t >= x.tokens) return;
   for (int64_t j = tile.first; j < tile.first + tile.width; j += kLine) {
     const int64_t at = t * x.stride + j;
