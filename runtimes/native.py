@@ -4,6 +4,8 @@ A graph runs without it: every operator carries its own body in standard ops. Wi
 prefers the kernels, and the file stays the same. The library is compiled when xexport is installed (in a
 checkout also by ``make native``), and picks its instruction set when a session is made; ``XEXPORT_ISA``
 asks for another one (``sse2``, ``avx2``, ``avx512``, ``neon``; ``baseline`` is the first or the last).
+Where Linux lets it and memory is plenty, the library copies a layer's weights into pages of 2 MB, which are
+read faster; ``XEXPORT_LARGE_PAGES=0`` leaves them in the file's pages, which processes share.
 """
 
 from __future__ import annotations
@@ -74,11 +76,14 @@ def _described(path: Path) -> NativeKernels:
         library.xexport_native_isa.restype = ctypes.c_char_p
         isa = (library.xexport_native_isa() or b"").decode()
         oldest = int(library.xexport_native_oldest_minor())
+        pages = "2 MB" if library.xexport_native_large_pages() else "the file's"
         library.xexport_native_in_place.restype = ctypes.c_char_p
         in_place = frozenset((library.xexport_native_in_place() or b"").decode().split(",")) - {""}
     except (OSError, AttributeError) as error:
         return NativeKernels(None, f"no native kernels: {path.name} can't be loaded: {error}")
     asked = os.environ.get("XEXPORT_ISA")
     kind = isa or f"XEXPORT_ISA={asked}, which this machine lacks"
-    reason = f"native kernels from {path.name}: {kind}; onnxruntime 1.{oldest} or newer"
+    reason = (
+        f"native kernels from {path.name}: {kind}; onnxruntime 1.{oldest} or newer; weights in {pages} pages"
+    )
     return NativeKernels(path, reason, isa, in_place)

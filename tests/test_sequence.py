@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from chunk_form import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -22,9 +23,11 @@ from tolerances import TOLERANCES
 
 import xexport
 from xexport.core.op import DOMAIN
+from xexport.core.registry import get_family
 from xexport.evaluate.suite import Sizes
 from xexport.exporter.functions import attach_functions
 from xexport.exporter.passes.sequence import FEWEST, NAMES, rewrite
+from xexport.models.rwkv import RwkvConfig
 
 Array = np.ndarray[Any, Any]
 WIDTH = 8
@@ -105,6 +108,55 @@ def test_one_session_serves_many_threads(graph: Path, library: Path) -> None:
     for got, want in zip(found, wanted, strict=True):
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+WIDE = 384  # a product of one token is work that a team shares
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph of a model whose steps are worth several threads."""
+    out = tmp_path_factory.mktemp("wide") / "rwkv"
+    text = out.with_name("ids.txt")
+    text.write_text(" ".join(str(i % 256) for i in range(64)), encoding="utf-8")
+    module = random_model(get_family("rwkv"), RwkvConfig(2, WIDE, 256), seed=0)
+    xexport.export(module, target="cpu-int8", out=out, eval_text=text, sizes=BRIEF, name="rwkv")
+    return out / "model.onnx"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_team_has_the_bits_of_one_thread(wide: Path, library: Path, threads: int) -> None:
+    """More threads than cores too: nobody may wait for one that never comes."""
+    one, many = session(wide, library), session(wide, library, threads=threads)
+    for i in range(20):
+        x = feeds(one, 1 + i % 3, i)
+        for got, want in zip(many.run(None, x), one.run(None, x), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_teams_of_many_callers_share_the_threads(wide: Path, library: Path) -> None:
+    shared = session(wide, library, threads=3)
+    asked = [feeds(shared, 1 + i % 2, i) for i in range(40)]
+    wanted = [shared.run(None, x) for x in asked]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda x: shared.run(None, x), asked))
+    for got, want in zip(found, wanted, strict=True):
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_what_a_part_refuses_comes_out_of_a_team(library: Path) -> None:
+    """The leader may be any of the session's threads; the caller gets its error, and the session goes on."""
+    joined = model_of([product("x", "a"), product("a", "b"), product("b", "c")], ["c"])
+    rewrite(joined)
+    attach_functions(joined, {}, {})
+    proto = ir.to_proto(joined)
+    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "W"
+    made = session(proto.SerializeToString(), library, threads=2)
+    for _ in range(20):
+        with pytest.raises(Exception, match=r"x must be float32 \[...,8\], got float32 \[1,9\]"):
+            made.run(None, {"x": np.zeros((1, 9), np.float32)})
+        assert made.run(None, {"x": np.zeros((1, WIDTH), np.float32)})[0].shape == (1, WIDTH)
 
 
 # Graphs of products and reshapes

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../fft_conv/convolution.h"
+#include "large_pages.h"
 #include "operator.h"
 
 #define XEXPORT_PUBLIC extern "C" __attribute__((visibility("default")))
@@ -126,3 +127,6 @@ XEXPORT_PUBLIC const char* xexport_native_in_place() { return xexport::in_place_
 
 // The oldest onnxruntime 1.<minor> that the library works with.
 XEXPORT_PUBLIC unsigned xexport_native_oldest_minor() { return xexport::ort::kApiVersion; }
+
+// 1 if constant weights are copied into large pages where memory allows.
+XEXPORT_PUBLIC int xexport_native_large_pages() { return xexport::large_pages_wanted() ? 1 : 0; }

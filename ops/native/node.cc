@@ -41,6 +41,20 @@ void read_shape(const ort::Value* value, Tensor& tensor) {
 
 }  // namespace
 
+size_t Tensor::bytes() const {
+  size_t bytes = 0;
+  if (rank > kMaxRank) return 0;
+  switch (type) {
+    case ort::Element::undefined: return 0;
+    case ort::Element::u8: bytes = 1; break;
+    case ort::Element::f16: bytes = 2; break;
+    case ort::Element::f32: bytes = 4; break;
+    case ort::Element::i64: bytes = 8; break;
+  }
+  for (size_t i = 0; i < rank; ++i) bytes *= static_cast<size_t>(dim[i]);
+  return bytes;
+}
+
 std::string Tensor::describe() const {
   if (rank > kMaxRank) return std::string(element_name(type)) + " of rank " + std::to_string(rank);
   return std::string(element_name(type)) + " " + shape_text(dim, rank);
@@ -54,16 +68,10 @@ Node::Node(const char* op, const ort::KernelInfo* info) : info_(info) {
   where_ = "xexport " + std::string(op) + " node '" + name.c_str() + "': ";
 }
 
-Node::Node(const Node& whole, const char* op, std::string prefix, std::vector<size_t> inputs, size_t outside)
+Node::Node(const Node& whole, const char* op, std::string prefix, std::vector<size_t> inputs,
+           const std::vector<Tensor>& constants)
     : where_(whole.where_ + op + ": "), info_(whole.info_), prefix_(std::move(prefix)), inputs_(std::move(inputs)),
-      outside_(outside) {}
-
-bool Node::find(size_t& input) const {
-  if (prefix_.empty()) return true;
-  if (input >= inputs_.size() || inputs_[input] >= outside_) return false;
-  input = inputs_[input];
-  return true;
-}
+      constants_(&constants) {}
 
 int64_t Node::integer(const char* attribute) const {
   int64_t value = 0;
@@ -106,11 +114,15 @@ std::vector<float> Node::numbers(const char* attribute) const {
 }
 
 Tensor Node::constant(size_t input, const char* name) const {
+  Tensor tensor;
+  if (constants_ != nullptr) {
+    if (input < inputs_.size() && inputs_[input] < constants_->size()) tensor = (*constants_)[inputs_[input]];
+    tensor.name = name;
+    return tensor;
+  }
   int is_one = 0;
   const ort::Value* value = nullptr;
-  Tensor tensor;
   tensor.name = name;
-  if (!find(input)) return tensor;
   check(ort::kConstantInput(api(), info_, input, &is_one, &value));
   if (is_one == 0 || value == nullptr) return tensor;
   read_shape(value, tensor);
@@ -118,13 +130,7 @@ Tensor Node::constant(size_t input, const char* name) const {
   return tensor;
 }
 
-bool Node::is_constant(size_t input) const {
-  int constant = 0;
-  const ort::Value* value = nullptr;
-  if (!find(input)) return false;
-  check(ort::kConstantInput(api(), info_, input, &constant, &value));
-  return constant != 0 && value != nullptr;
-}
+bool Node::is_constant(size_t input) const { return constant(input, "").data != nullptr; }
 
 void Node::fail(const std::string& what) const { throw std::runtime_error(where_ + what); }
 

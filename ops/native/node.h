@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ort_abi.h"
+#include "team.h"
 
 namespace xexport {
 
@@ -34,6 +35,7 @@ struct Tensor {
   void* data = nullptr;
 
   float* floats() const { return static_cast<float*>(data); }
+  size_t bytes() const;  // 0 of an undefined type
   std::string describe() const;  // "float32 [1,2,3]"
 };
 
@@ -42,8 +44,10 @@ class Node {
  public:
   Node(const char* op, const ort::KernelInfo* info);
   // A node that is a part of another one (ops/sequence): its attributes are those of the whole that begin with
-  // `prefix`, its inputs have these numbers among the inputs of the whole; beyond those they are made inside.
-  Node(const Node& whole, const char* op, std::string prefix, std::vector<size_t> inputs, size_t outside);
+  // `prefix`; its inputs have these numbers among those of the whole, whose constants are given; inputs beyond them
+  // are made inside. Both live as long as the kernel.
+  Node(const Node& whole, const char* op, std::string prefix, std::vector<size_t> inputs,
+       const std::vector<Tensor>& constants);
 
   // An attribute; its absence is an error, as the exporter writes all of them.
   int64_t integer(const char* attribute) const;
@@ -62,15 +66,13 @@ class Node {
   void expect(const Tensor& tensor, ort::Element type, std::initializer_list<int64_t> shape) const;
 
  private:
-  // Where an input of this node is among those of the runtime's node; false: nowhere.
-  bool find(size_t& input) const;
   std::string full(const char* attribute) const { return prefix_ + attribute; }
 
   std::string where_;
   const ort::KernelInfo* info_;  // valid in the constructor of a kernel only
   std::string prefix_;
-  std::vector<size_t> inputs_;  // of a part
-  size_t outside_ = 0;
+  std::vector<size_t> inputs_;                       // of a part
+  const std::vector<Tensor>* constants_ = nullptr;  // of the whole
 };
 
 // Where a kernel's tensors are if its node is a part of another one.
@@ -88,18 +90,24 @@ class Part {
 class Call {
  public:
   explicit Call(ort::KernelContext* context) : context_(context) {}
-  // The same run, of a part of its node.
-  Call(const Call& whole, const Part& part) : context_(whole.context_), part_(&part) {}
+  // The same run, of a part of its node; on the threads of a team, if it has one.
+  Call(const Call& whole, const Part& part, Team* team) : context_(whole.context_), part_(&part), team_(team) {}
 
   size_t input_count() const;
   Tensor input(size_t index, const char* name) const;
   Tensor output(size_t index, const int64_t* dims, size_t rank) const;
 
+  // Runs `body` with a team of the session's threads.
+  template <class Body>
+  void together(Team& team, Body&& body) const {
+    team.run(context_, std::forward<Body>(body));
+  }
+
   // Runs job(0) .. job(count - 1), on the session's threads if the work is worth waking them.
   // `work` is an estimate in elementary operations.
   template <class Body>
   void parallel(int64_t count, double work, Body&& job) const {
-    if (count <= 1 || work < kWorthwhile) {
+    if (count <= 1 || work < (team_ != nullptr ? kWorthwhileInTeam : kWorthwhile)) {
       for (int64_t i = 0; i < count; ++i) job(i);
       return;
     }
@@ -117,14 +125,20 @@ class Call {
         __atomic_store_n(&s->failed, true, __ATOMIC_RELAXED);
       }
     };
-    check(ort::kParallelFor(api(), context_, run, static_cast<size_t>(count), 0, &shared));
+    if (team_ != nullptr) {
+      team_->share(run, &shared, static_cast<size_t>(count));
+    } else {
+      check(ort::kParallelFor(api(), context_, run, static_cast<size_t>(count), 0, &shared));
+    }
     if (shared.failed) throw std::runtime_error("not enough memory");
   }
 
  private:
   static constexpr double kWorthwhile = 200e3;  // some 20 us; waking a thread costs about 5 us
+  static constexpr double kWorthwhileInTeam = 40e3;
   ort::KernelContext* context_;
   const Part* part_ = nullptr;
+  Team* team_ = nullptr;
 };
 
 // Shape inference: output `to` is shaped as input `from`, if that is known to be of this rank.

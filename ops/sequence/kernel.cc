@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "../native/large_pages.h"
 #include "../native/operator.h"
 #include "plan.h"
 
@@ -19,6 +20,11 @@ using ort::Element;
 
 // A file has one function for every different row of operators.
 constexpr int kNames = 32;
+// Bytes of tokens up to which a team is worth it: with more a part takes long, and the runtime's own division of jobs is
+// as good.
+constexpr size_t kFewTokens = 65536;
+// Bytes of a weight from which it is worth fetching ahead.
+constexpr size_t kLarge = 1024;
 // Bytes that a thread keeps for its next call.
 constexpr size_t kKept = size_t{64} << 20;
 
@@ -81,9 +87,10 @@ class Sequence {
 
   Sequence(const Node& node, Isa isa) : node_(node), plan_(read(node)), constants_(plan_.inputs) {
     for (size_t i = 0; i < plan_.inputs; ++i) constants_[i] = node.constant(i, "weight");
+    pages_.hold(constants_);
     for (size_t i = 0; i < plan_.parts.size(); ++i) {
       const SequencePart& part = plan_.parts[i];
-      const Node inner(node, part.op.c_str(), "p" + std::to_string(i) + "_", part.inputs, plan_.inputs);
+      const Node inner(node, part.op.c_str(), "p" + std::to_string(i) + "_", part.inputs, constants_);
       Made made;
       if (part.op == SequencePlan::kReshape) {
         made.shape = inner.integers("shape");
@@ -96,27 +103,19 @@ class Sequence {
       }
       made_.push_back(std::move(made));
     }
+    list_weights();
   }
 
   void compute(const Call& call) const {
     if (call.input_count() != plan_.inputs) {
       node_.fail("the plan has " + std::to_string(plan_.inputs) + " inputs, got " + std::to_string(call.input_count()));
     }
-    std::vector<Tensor> values(plan_.values);
-    for (size_t i = 0; i < plan_.inputs; ++i) {
-      values[i] = constants_[i].data != nullptr ? constants_[i] : call.input(i, "input");
+    if (x_bytes(call) > kFewTokens) {
+      run(call, nullptr);
+      return;
     }
-    size_t made = plan_.inputs;
-    for (size_t i = 0; i < plan_.parts.size(); ++i) {
-      const SequencePart& part = plan_.parts[i];
-      if (made_[i].kernel == nullptr) {
-        reshape(values[part.inputs[0]], made_[i].shape, values[made]);
-      } else {
-        made_[i].kernel->compute(Call(call, Step(call, part, values, made)));
-      }
-      made += part.places.size();
-    }
-    memories().trim();
+    Team team(ahead_);
+    call.together(team, [&] { run(call, &team); });
   }
 
  private:
@@ -161,6 +160,50 @@ class Sequence {
     std::vector<Tensor>& values_;
     size_t made_;
   };
+
+  // Of the first part's first input: the tokens.
+  size_t x_bytes(const Call& call) const {
+    const size_t x = plan_.parts[0].inputs[0];
+    return x < plan_.inputs && constants_[x].data == nullptr ? call.input(x, "input").bytes() : 0;
+  }
+
+  void run(const Call& call, Team* team) const {
+    std::vector<Tensor> values(plan_.values);
+    for (size_t i = 0; i < plan_.inputs; ++i) {
+      values[i] = constants_[i].data != nullptr ? constants_[i] : call.input(i, "input");
+    }
+    size_t made = plan_.inputs;
+    if (team != nullptr) team->will_read(next_reader_[0]);
+    for (size_t i = 0; i < plan_.parts.size(); ++i) {
+      const SequencePart& part = plan_.parts[i];
+      if (made_[i].kernel == nullptr) {
+        reshape(values[part.inputs[0]], made_[i].shape, values[made]);
+      } else {
+        if (team != nullptr && next_reader_[i] == i) team->will_read(next_reader_[i + 1]);
+        made_[i].kernel->compute(Call(call, Step(call, part, values, made), team));
+      }
+      made += part.places.size();
+    }
+    memories().trim();
+  }
+
+  // What helpers fetch ahead: of every part the weights that are read from memory in each run.
+  void list_weights() {
+    const size_t parts = plan_.parts.size();
+    next_reader_.assign(parts + 1, parts);
+    for (const SequencePart& part : plan_.parts) {
+      for (const size_t input : part.inputs) {
+        if (input >= plan_.inputs || constants_[input].data == nullptr) continue;
+        const size_t bytes = constants_[input].bytes();
+        if (bytes >= kLarge) ahead_.add(constants_[input].data, bytes);
+      }
+      ahead_.end_part();
+    }
+    ahead_.end_part();  // behind the last part there is nothing
+    for (size_t i = parts; i > 0; --i) {
+      next_reader_[i - 1] = ahead_.first(i - 1) < ahead_.last(i - 1) ? i - 1 : next_reader_[i];
+    }
+  }
 
   static SequencePlan read(const Node& node) {
     try {
@@ -207,8 +250,11 @@ class Sequence {
 
   Node node_;
   SequencePlan plan_;
+  LargePages pages_;
   std::vector<Tensor> constants_;
   std::vector<Made> made_;
+  Ahead ahead_;
+  std::vector<size_t> next_reader_;  // of every part: the first from it on that has weights to fetch
 };
 
 const RegisteredNumbered<Sequence, kNames> registered;

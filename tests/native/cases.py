@@ -341,7 +341,12 @@ TABLE: dict[str, Row] = {
     "linear_int6x8": Row(linear_int6x8, _linear_int6x8, ((1, 1, 128, 40), (2, 3, 70, 33), (1, 40, 192, 50))),
     # the same kernel under many names
     "linear_group_0": Row(_apart, _linear_group, ((1, 1, 128, 40), (2, 3, 70, 33))),
-    "sequence_0": Row(_in_a_row, _sequence, ((1, 1, 96, 40), (2, 3, 65, 33))),
+    "sequence_0": Row(
+        _in_a_row,
+        _sequence,
+        # a team that shares jobs, and weights for large pages; too little work to share; tokens too many for a team
+        ((1, 1, 640, 840), (1, 1, 96, 40), (2, 3, 65, 33), (2, 31, 300, 40)),
+    ),
     "causal_conv1d": Row(
         _short_conv,
         _causal_conv1d,
