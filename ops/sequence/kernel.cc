@@ -20,9 +20,9 @@ using ort::Element;
 
 // A file has one function for every different row of operators.
 constexpr int kNames = 32;
-// Bytes of tokens up to which a team is worth it: with more a part takes long, and the runtime's own division of jobs is
-// as good.
-constexpr size_t kFewTokens = 65536;
+// Bytes of weights from which a team is worth it, some 20 us to read, and bytes of tokens up to which it is: with more
+// of them a part takes long, and the runtime's own division of jobs is as good.
+constexpr size_t kManyWeights = 262144, kFewTokens = 65536;
 // Bytes of a weight from which it is worth fetching ahead.
 constexpr size_t kLarge = 1024;
 // Bytes that a thread keeps for its next call.
@@ -110,7 +110,7 @@ class Sequence {
     if (call.input_count() != plan_.inputs) {
       node_.fail("the plan has " + std::to_string(plan_.inputs) + " inputs, got " + std::to_string(call.input_count()));
     }
-    if (x_bytes(call) > kFewTokens) {
+    if (weight_bytes_ < kManyWeights || x_bytes(call) > kFewTokens) {
       run(call, nullptr);
       return;
     }
@@ -196,6 +196,7 @@ class Sequence {
         if (input >= plan_.inputs || constants_[input].data == nullptr) continue;
         const size_t bytes = constants_[input].bytes();
         if (bytes >= kLarge) ahead_.add(constants_[input].data, bytes);
+        weight_bytes_ += bytes;
       }
       ahead_.end_part();
     }
@@ -254,6 +255,7 @@ class Sequence {
   std::vector<Tensor> constants_;
   std::vector<Made> made_;
   Ahead ahead_;
+  size_t weight_bytes_ = 0;
   std::vector<size_t> next_reader_;  // of every part: the first from it on that has weights to fetch
 };
 
