@@ -21,8 +21,10 @@ _SHRINK = {8: (1.0,), 6: (1.0, 31 / 32), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.
 #: blocks of smaller values are stored as zeros: their step would be a subnormal number, or zero
 _SMALLEST = 1e-30
 
-#: the smallest and the largest normal number of float16, and a factor 2 for the ranges that are tried
-_HALF = (2.0**-13, 65504.0)
+#: the smallest and the largest normal number of float16
+_HALF = (2.0**-14, 65504.0)
+#: blocks of values too small for such a scale take the smallest, if the squared error grows by no more
+_COARSER = 0.01
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def block_size_for(depth: int, bits: int) -> int:
 def quantize_blocks(matrix: Array, bits: int, size: int, *, half_scales: bool = False) -> Blocks:
     """Quantize float32 [rows, depth] in blocks of ``size`` along depth (zero padded).
 
-    ``half_scales`` asks for scales that float16 holds exactly; where one would be below its normal numbers
-    or beyond its largest, all of them stay float32.
+    ``half_scales`` asks for scales that float16 holds exactly. A few blocks of nearly nothing, as pruned rows
+    have, get its smallest normal number; where that would cost, or a scale is beyond its largest number,
+    all of them stay float32.
     """
     rows, depth = matrix.shape
     padded = -depth % size
@@ -68,13 +71,14 @@ def quantize_blocks(matrix: Array, bits: int, size: int, *, half_scales: bool = 
     zero = 1 << (bits - 1)
     top = zero - 1
     largest = np.abs(blocks).max(axis=2)
+    half_scales = half_scales and _half_holds(largest[largest > _SMALLEST] / top)
     best_error = np.full(largest.shape, np.inf, np.float32)
     codes = np.empty(blocks.shape, np.uint8)
     scales = np.empty(largest.shape, np.float32)
     for shrink in _SHRINK[bits]:
         scale = np.where(largest > _SMALLEST, largest * (shrink / top), 1.0).astype(np.float32)
-        if half_scales and _HALF[0] <= float(scale.min()) and float(scale.max()) <= _HALF[1]:
-            scale = scale.astype(np.float16).astype(np.float32)
+        if half_scales:
+            scale = np.maximum(scale, np.float32(_HALF[0])).astype(np.float16).astype(np.float32)
         levels = np.clip(np.rint(blocks / scale[..., None]), -zero, top)
         error = np.square(levels * scale[..., None] - blocks).sum(axis=2)
         better = error < best_error
@@ -82,6 +86,17 @@ def quantize_blocks(matrix: Array, bits: int, size: int, *, half_scales: bool = 
         scales = np.where(better, scale, scales)
         codes = np.where(better[..., None], (levels + zero).astype(np.uint8), codes)
     return Blocks(codes, scales, zero)
+
+
+def _half_holds(scales: Array) -> bool:
+    """Whether float16 holds these scales, but for a few whose blocks its smallest normal number serves."""
+    smallest, largest = _HALF
+    if scales.size == 0:
+        return True
+    # a step of s costs s^2 / 12 a value
+    below = int((scales < smallest).sum())
+    power = float(np.square(scales, dtype=np.float64).sum())
+    return float(scales.max()) <= largest and below * smallest**2 <= _COARSER * power
 
 
 def quantize_rows(matrix: Array) -> tuple[Array, Array]:

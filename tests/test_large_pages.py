@@ -110,7 +110,7 @@ def test_the_numbers_are_the_same_and_the_file_s_pages_are_given_back(graph: Pat
     assert on["found"] == off["found"]  # a page that was given back is read again
     assert off["large"] < 1024
     if on["large"] == 0:
-        pytest.skip("the system gave no large page (none free, or less than four times the weights)")
+        pytest.skip("the system gave no large page (none free, or less than half of the memory)")
     assert on["large"] >= 2048
     assert on["mapped"] < 1024 < off["mapped"] or off["mapped"] == 0  # 0: this onnxruntime read the file
 

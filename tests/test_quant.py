@@ -204,6 +204,28 @@ def test_search_beats_rounding_where_there_is_an_outlier() -> None:
     assert relative_error(w, quantize_blocks(w, 4, 32).dequantize()) < 0.97 * plain
 
 
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_block_of_nearly_nothing_does_not_cost_a_matrix_its_half_scales(bits: int) -> None:
+    """Checkpoints have such blocks: pruned rows, or weights that training has hardly moved from zero."""
+    w = (np.random.default_rng(0).normal(size=(64, 256)) * 0.03).astype(np.float32)
+    w[3, 32:64] *= 1e-3
+    w[5] = 0
+    blocks, exact = (quantize_blocks(w, bits, 32, half_scales=half) for half in (True, False))
+    assert blocks.are_half
+    assert not exact.are_half
+    assert relative_error(w, blocks.dequantize()) < 1.001 * relative_error(w, exact.dequantize())
+    assert np.abs(blocks.scales[3, 1]) >= 2.0**-14, "subnormal numbers are zeros on some devices"
+    assert np.all(blocks.dequantize()[5] == 0)
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_matrix_of_small_numbers_keeps_its_own_scales(bits: int) -> None:
+    w = (np.random.default_rng(0).normal(size=(64, 256)) * 1e-5).astype(np.float32)
+    blocks, exact = (quantize_blocks(w, bits, 32, half_scales=half) for half in (True, False))
+    assert not blocks.are_half
+    np.testing.assert_array_equal(blocks.dequantize(), exact.dequantize())
+
+
 @pytest.mark.parametrize(
     ("depth", "bits", "size"),
     [(256, 8, 128), (192, 8, 64), (96, 8, 32), (48, 8, 16), (40, 8, 32), (256, 4, 32), (48, 4, 16)],

@@ -1,11 +1,10 @@
 #include "large_pages.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <string>
 #include <utility>
 
 #if defined(__linux__)
@@ -21,33 +20,42 @@ namespace {
 
 constexpr size_t kPage = size_t{2} << 20;
 constexpr size_t kLine = 64;
-// Memory must be free for so many copies.
-constexpr size_t kTimesFree = 4;
+
+// Calls line(text) for every line of a file of the system, until it says true; false if none did. (A stream of C++
+// would add 800 KB to the library.)
+template <class Line>
+bool any_line(const char* path, Line&& line) {
+  std::FILE* file = std::fopen(path, "r");
+  if (file == nullptr) return false;
+  char text[4608];  // a path and what stands before it
+  bool found = false;
+  while (!found && std::fgets(text, sizeof(text), file) != nullptr) found = line(text);
+  std::fclose(file);
+  return found;
+}
 
 size_t rounded(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-// Bytes of memory that the system says are available; 0 if it doesn't say.
-size_t available() {
-  std::ifstream file("/proc/meminfo");
-  for (std::string line; std::getline(file, line);) {
-    unsigned long kilobytes = 0;
-    if (std::sscanf(line.c_str(), "MemAvailable: %lu kB", &kilobytes) == 1) return size_t{kilobytes} << 10;
-  }
-  return 0;
+// Whether so many bytes can be copied and at least half of the machine's memory stays available.
+bool plenty(size_t bytes) {
+  unsigned long total = 0, available = 0;  // kilobytes
+  any_line("/proc/meminfo", [&](const char* line) {
+    std::sscanf(line, "MemTotal: %lu kB", &total);
+    return std::sscanf(line, "MemAvailable: %lu kB", &available) == 1;
+  });
+  return available > total / 2 + (bytes >> 10);
 }
 
 // Ranges of this process's memory that are private mappings of files.
 std::vector<std::pair<uintptr_t, uintptr_t>> mapped_files() {
   std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
-  std::ifstream file("/proc/self/maps");
-  for (std::string line; std::getline(file, line);) {
-    unsigned long first = 0, last = 0, offset = 0, inode = 0;
-    char rights[5] = {}, device[16] = {};
-    if (std::sscanf(line.c_str(), "%lx-%lx %4s %lx %15s %lu", &first, &last, rights, &offset, device, &inode) == 6 &&
-        inode != 0 && rights[3] == 'p') {
-      ranges.emplace_back(first, last);
-    }
-  }
+  any_line("/proc/self/maps", [&](const char* line) {
+    unsigned long first = 0, last = 0, inode = 0;
+    char rights[5] = {};
+    const int read = std::sscanf(line, "%lx-%lx %4s %*x %*15s %lu", &first, &last, rights, &inode);
+    if (read == 4 && inode != 0 && rights[3] == 'p') ranges.emplace_back(first, last);
+    return false;
+  });
   return ranges;
 }
 
@@ -70,9 +78,8 @@ void give_back(const std::vector<Tensor>& originals) {
 bool large_pages_wanted() {
   const char* said = std::getenv("XEXPORT_LARGE_PAGES");
   if (said != nullptr && std::strcmp(said, "0") == 0) return false;
-  std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
-  std::string modes;
-  return std::getline(file, modes) && modes.find("[never]") == std::string::npos;
+  return any_line("/sys/kernel/mm/transparent_hugepage/enabled",
+                  [](const char* line) { return std::strstr(line, "[never]") == nullptr; });
 }
 
 LargePages::~LargePages() {
@@ -84,7 +91,7 @@ void LargePages::hold(std::vector<Tensor>& constants) {
   for (const Tensor& t : constants) {
     if (t.data != nullptr) total += rounded(t.bytes(), kLine);
   }
-  if (memory_ != nullptr || total < kPage || !large_pages_wanted() || available() / kTimesFree < total) return;
+  if (memory_ != nullptr || total < kPage || !large_pages_wanted() || !plenty(total)) return;
   bytes_ = rounded(total, kPage) + kPage;  // a large page begins at a multiple of its size
   void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return;

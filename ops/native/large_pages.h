@@ -3,8 +3,8 @@
 // A step reads every weight once, so a processor walks its page tables for each 4 KB: with pages of 2 MB a step takes
 // 3-6% less (docs/performance.md). Weights are mapped from the bundle's file, whose pages Linux keeps small, so they
 // are copied into memory that asks for large ones, and the mapped pages are given back. They are copied only where
-// Linux lets a process ask, and where four times as much memory is free. XEXPORT_LARGE_PAGES=0 leaves the weights in
-// the file's pages, which processes share and the system may drop when memory is short.
+// Linux lets a process ask, and while half of the machine's memory is available. XEXPORT_LARGE_PAGES=0 leaves the
+// weights in the file's pages, which processes share and the system may drop when memory is short.
 #pragma once
 
 #include <vector>

@@ -33,6 +33,12 @@ class Memories {
  public:
   ~Memories() { release(); }
 
+  // Of that many values what they are; what a node before has left there.
+  std::vector<Tensor>& values(size_t count) {
+    if (values_.size() < count) values_.resize(count);
+    return values_;
+  }
+
   float* get(size_t which, size_t bytes) {
     if (which >= slots_.size()) slots_.resize(which + 1);
     Slot& slot = slots_[which];
@@ -69,6 +75,7 @@ class Memories {
   }
 
   std::vector<Slot> slots_;
+  std::vector<Tensor> values_;
   size_t total_ = 0;
 };
 
@@ -127,13 +134,13 @@ class Sequence {
   // One part's view of the values.
   class Step : public Part {
    public:
-    Step(const Call& call, const SequencePart& part, std::vector<Tensor>& values, size_t made)
-        : call_(call), part_(part), values_(values), made_(made) {}
+    Step(const Sequence& whole, const Call& call, const SequencePart& part, std::vector<Tensor>& values, size_t made)
+        : whole_(whole), call_(call), part_(part), values_(values), made_(made) {}
 
     size_t input_count() const override { return part_.inputs.size(); }
 
     Tensor input(size_t index) const override {
-      return index < part_.inputs.size() ? values_[part_.inputs[index]] : Tensor();
+      return index < part_.inputs.size() ? whole_.value(values_, part_.inputs[index]) : Tensor();
     }
 
     Tensor output(size_t index, const int64_t* dims, size_t rank) const override {
@@ -155,6 +162,7 @@ class Sequence {
     }
 
    private:
+    const Sequence& whole_;
     const Call& call_;
     const SequencePart& part_;
     std::vector<Tensor>& values_;
@@ -167,20 +175,24 @@ class Sequence {
     return x < plan_.inputs && constants_[x].data == nullptr ? call.input(x, "input").bytes() : 0;
   }
 
+  const Tensor& value(const std::vector<Tensor>& values, size_t i) const {
+    return i < plan_.inputs && constants_[i].data != nullptr ? constants_[i] : values[i];
+  }
+
   void run(const Call& call, Team* team) const {
-    std::vector<Tensor> values(plan_.values);
+    std::vector<Tensor>& values = memories().values(plan_.values);
     for (size_t i = 0; i < plan_.inputs; ++i) {
-      values[i] = constants_[i].data != nullptr ? constants_[i] : call.input(i, "input");
+      if (constants_[i].data == nullptr) values[i] = call.input(i, "input");
     }
     size_t made = plan_.inputs;
     if (team != nullptr) team->will_read(next_reader_[0]);
     for (size_t i = 0; i < plan_.parts.size(); ++i) {
       const SequencePart& part = plan_.parts[i];
       if (made_[i].kernel == nullptr) {
-        reshape(values[part.inputs[0]], made_[i].shape, values[made]);
+        reshape(value(values, part.inputs[0]), made_[i].shape, values[made]);
       } else {
         if (team != nullptr && next_reader_[i] == i) team->will_read(next_reader_[i + 1]);
-        made_[i].kernel->compute(Call(call, Step(call, part, values, made), team));
+        made_[i].kernel->compute(Call(call, Step(*this, call, part, values, made), team));
       }
       made += part.places.size();
     }

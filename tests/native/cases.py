@@ -344,7 +344,7 @@ TABLE: dict[str, Row] = {
     "sequence_0": Row(
         _in_a_row,
         _sequence,
-        # a team that shares jobs, and weights for large pages; too little work to share; tokens too many for a team
+        # a team that shares jobs, with large pages; too little work for one; too many tokens for one
         ((1, 1, 640, 840), (1, 1, 96, 40), (2, 3, 65, 33), (2, 31, 300, 40)),
     ),
     "causal_conv1d": Row(
