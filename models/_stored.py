@@ -20,8 +20,8 @@ __all__ = ["assign_stored"]
 _PART = 1 << 22  # elements of a weight that are widened at a time
 #: they return rows of the table, so the rows are widened and not the table
 _LOOKUPS = {F.embedding, torch.embedding}
-#: they return no values: widening for them would be work for nothing
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
+#: they return no values: widening for them would be work for nothing
 _QUESTIONS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point}
 
 

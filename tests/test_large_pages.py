@@ -32,13 +32,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def layers(extra: list[Any], outputs: list[str]) -> ir.Model:
-    """Products in a row, x [T,512] -> y, and further nodes that may read the weights ``w0`` .. ``w5``."""
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Products in a row, x [T,512] -> y, whose weights lie in a file; another node reads one of them too."""
     rng = np.random.default_rng(0)
-    shape, names = (WIDTH, WIDTH), [f"w{i}" for i in range(LAYERS)]
+    names = [f"w{i}" for i in range(LAYERS)]
     weights = [
-        numpy_helper.from_array((rng.standard_normal(shape) / WIDTH**0.5).astype(np.float32), n)
-        for n in names
+        numpy_helper.from_array((rng.standard_normal((WIDTH, WIDTH)) / 23).astype(np.float32), name)
+        for name in names
     ]
     values = ["x", *(f"y{i}" for i in range(LAYERS - 1)), "y"]
     nodes = [
@@ -47,16 +48,11 @@ def layers(extra: list[Any], outputs: list[str]) -> ir.Model:
     ]
     info = helper.make_tensor_value_info
     x = [info("x", TensorProto.FLOAT, ["T", WIDTH]), info("rows", TensorProto.INT64, ["R"])]
-    y = [info(o, TensorProto.FLOAT, None) for o in outputs]
-    graph = helper.make_graph([*nodes, *extra], "g", x, y, weights)
+    y = [info(name, TensorProto.FLOAT, None) for name in ("y", "found")]
+    gather = helper.make_node("Gather", ["w3", "rows"], ["found"])
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
-    return ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
-
-
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sequence whose weights lie in a file beside the graph; another node reads one of them too."""
-    model = layers([helper.make_node("Gather", ["w3", "rows"], ["found"])], ["y", "found"])
+    made = helper.make_graph([*nodes, gather], "g", x, y, weights)
+    model = ir.from_proto(helper.make_model(made, opset_imports=opsets, ir_version=10))
     assert rewrite(model) == []
     attach_functions(model, {}, {})
     path = tmp_path_factory.mktemp("pages") / "model.onnx"

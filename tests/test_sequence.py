@@ -101,7 +101,10 @@ def test_a_profile_tells_which_of_the_two_ran(graph: Path, library: Path, tmp_pa
 def test_one_session_serves_many_threads(graph: Path, library: Path) -> None:
     """Memory between parts belongs to a thread; lengths differ, so it grows while others run."""
     shared = session(graph, library)
-    asked = [feeds(shared, 1 + 13 * (i % 4), i) for i in range(24)]
+    same_for_many_callers(shared, [feeds(shared, 1 + 13 * (i % 4), i) for i in range(24)])
+
+
+def same_for_many_callers(shared: Any, asked: Sequence[dict[str, Array]]) -> None:
     wanted = [shared.run(None, x) for x in asked]
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(lambda x: shared.run(None, x), asked))
@@ -136,13 +139,7 @@ def test_a_team_has_the_bits_of_one_thread(wide: Path, library: Path, threads: i
 
 def test_teams_of_many_callers_share_the_threads(wide: Path, library: Path) -> None:
     shared = session(wide, library, threads=3)
-    asked = [feeds(shared, 1 + i % 2, i) for i in range(40)]
-    wanted = [shared.run(None, x) for x in asked]
-    with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda x: shared.run(None, x), asked))
-    for got, want in zip(found, wanted, strict=True):
-        for a, b in zip(got, want, strict=True):
-            np.testing.assert_array_equal(a, b)
+    same_for_many_callers(shared, [feeds(shared, 1 + i % 2, i) for i in range(40)])
 
 
 def test_what_a_part_refuses_comes_out_of_a_team(wide: Path, library: Path) -> None:

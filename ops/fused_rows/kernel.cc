@@ -99,9 +99,8 @@ class FusedRows {
   }
 
   void expect_fixed(const Tensor& tensor, size_t i) const {
-    int64_t count = 1;
-    for (size_t d = 0; d < tensor.rank && d < Tensor::kMaxRank; ++d) count *= tensor.dim[d];
-    if (tensor.type != Element::f32 || tensor.rank > Tensor::kMaxRank || count != program_.inputs[i].width) {
+    const bool fits = tensor.rank <= Tensor::kMaxRank && tensor.count() == program_.inputs[i].width;
+    if (tensor.type != Element::f32 || !fits) {
       node_.fail("input " + std::to_string(i) + " must be " + std::to_string(program_.inputs[i].width) +
                  " float32, got " + tensor.describe());
     }

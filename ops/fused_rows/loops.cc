@@ -8,14 +8,6 @@ namespace xexport::XEXPORT_ISA {
 namespace {
 
 XEXPORT_INLINE Vec select(IntVec condition, Vec yes, Vec no) { return condition ? yes : no; }
-XEXPORT_INLINE Vec magnitude(Vec x) {
-  IntVec bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  bits &= 0x7fffffff;
-  Vec result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
 XEXPORT_INLINE Vec with_sign_of(Vec size, Vec sign) {
   IntVec a, b;
   std::memcpy(&a, &size, sizeof(a));

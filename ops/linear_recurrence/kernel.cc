@@ -47,8 +47,7 @@ class LinearRecurrence {
       if (state != before) std::memcpy(state, before, static_cast<size_t>(B * H * K * V) * sizeof(float));
       return;
     }
-    // of one token it is the state that takes the time, read from memory and written to it
-    const double work = static_cast<double>(B * H * K * V) * (3.0 * static_cast<double>(T) / 8 + 2 * sizeof(float));
+    const double work = work_of_states(B * H * K * V, T, 3.0 / 8);
     call.parallel(B * H, work, [&](int64_t unit) {
       const int64_t b = unit / H, h = unit % H, keys = (b * T * H + h) * K, values = (b * T * H + h) * V;
       const LinearHead head = {in[0].floats() + keys,

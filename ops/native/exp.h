@@ -24,17 +24,11 @@ XEXPORT_INLINE Vec no_product(Vec z) {
   return z;
 }
 
-// Count powers 2^z[i] as fractions 2^f in [0.7, 1.42], left in z, and exponents n in the low 22 bits. They go
-// side by side: a chain of 9 dependent operations fills a processor's window before its end is done.
+// z[i] = 2^(z[i]) for Count z in [-1/2, 1/2], the polynomial alone. They go side by side: a chain of dependent
+// operations fills a processor's window before its end is done.
 template <int Count>
-XEXPORT_INLINE void powers(Vec* z, IntVec* exponents) {
+XEXPORT_INLINE void exp2_short(Vec* z) {
   Vec p[Count];
-#pragma GCC unroll 8
-  for (int i = 0; i < Count; ++i) p[i] = z[i] + all(kRounder);
-#pragma GCC unroll 8
-  for (int i = 0; i < Count; ++i) std::memcpy(&exponents[i], &p[i], sizeof(Vec));
-#pragma GCC unroll 8
-  for (int i = 0; i < Count; ++i) z[i] -= p[i] - all(kRounder);
 #pragma GCC unroll 8
   for (int i = 0; i < Count; ++i) p[i] = all(1.326472731e-3f) * z[i] + all(9.671512991e-3f);
 #pragma GCC unroll 8
@@ -46,16 +40,26 @@ XEXPORT_INLINE void powers(Vec* z, IntVec* exponents) {
 #pragma GCC unroll 8
   for (int i = 0; i < Count; ++i) z[i] = p[i] * z[i] + all(1.0f);
 }
+XEXPORT_INLINE Vec exp2_short(Vec z) {
+  exp2_short<1>(&z);
+  return z;
+}
+
+// Count powers 2^z[i] as fractions 2^f in [0.7, 1.42], left in z, and exponents n in the low 22 bits.
+template <int Count>
+XEXPORT_INLINE void powers(Vec* z, IntVec* exponents) {
+  Vec p[Count];
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) p[i] = z[i] + all(kRounder);
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) std::memcpy(&exponents[i], &p[i], sizeof(Vec));
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i) z[i] -= p[i] - all(kRounder);
+  exp2_short<Count>(z);
+}
 
 // Where 2^z is neither zero, denormal, infinite nor NaN: -1, else 0.
-XEXPORT_INLINE IntVec is_normal_power(Vec z) {
-  IntVec bits;
-  std::memcpy(&bits, &z, sizeof(bits));
-  bits &= 0x7fffffff;
-  Vec size;
-  std::memcpy(&size, &bits, sizeof(size));
-  return size < all(125.5f);
-}
+XEXPORT_INLINE IntVec is_normal_power(Vec z) { return magnitude(z) < all(125.5f); }
 
 // z[i] = 2^(z[i]) where is_normal_power(z[i]): the exponent can simply be added to the bits of the fraction.
 template <int Count>
@@ -68,15 +72,6 @@ XEXPORT_INLINE void exp2_normal(Vec* z) {
     bits += exponents[i] << 23;  // shifts out the bits of kRounder
     std::memcpy(&z[i], &bits, sizeof(bits));
   }
-}
-
-// 2^z for z in [-1/2, 1/2]: the polynomial alone.
-XEXPORT_INLINE Vec exp2_short(Vec z) {
-  Vec p = all(1.326472731e-3f) * z + all(9.671512991e-3f);
-  p = p * z + all(5.550733581e-2f);
-  p = p * z + all(2.402224243e-1f);
-  p = p * z + all(6.931470037e-1f);
-  return p * z + all(1.0f);
 }
 
 XEXPORT_INLINE Vec power_of_integer(IntVec n) {

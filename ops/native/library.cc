@@ -2,7 +2,6 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <string>
 
@@ -45,9 +44,6 @@ Isa session_isa(const ort::SessionOptions* options) {
   return wanted != nullptr && *wanted != '\0' ? parse_isa(wanted) : best_isa();
 }
 
-// Whether an operator runs others: with its body in its place a profile shows those.
-bool runs_others(const ort::CustomOp* op) { return std::strncmp(op->GetName(op), "sequence_", 9) == 0; }
-
 // The domain of one instruction set, without operators that run others if `apart`. It is made once and never freed:
 // sessions keep pointers into it.
 ort::CustomOpDomain* domain(Isa isa, bool apart) {
@@ -56,9 +52,8 @@ ort::CustomOpDomain* domain(Isa isa, bool apart) {
   if (slot == nullptr) {
     ort::CustomOpDomain* fresh = nullptr;
     check(ort::kCreateCustomOpDomain(g_api, "xexport", &fresh));
-    for (const MakeOperator& make : operators()) {
-      const ort::CustomOp* op = make(isa);
-      if (!apart || !runs_others(op)) check(ort::kCustomOpDomainAdd(g_api, fresh, op));
+    for (const MakeOperator& one : operators()) {
+      if (!apart || !one.runs_others) check(ort::kCustomOpDomainAdd(g_api, fresh, one.make(isa)));
     }
     slot = fresh;
   }

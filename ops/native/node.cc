@@ -41,18 +41,22 @@ void read_shape(const ort::Value* value, Tensor& tensor) {
 
 }  // namespace
 
+int64_t Tensor::count() const {
+  int64_t count = 1;
+  for (size_t i = 0; i < rank && i < kMaxRank; ++i) count *= dim[i];
+  return count;
+}
+
 size_t Tensor::bytes() const {
-  size_t bytes = 0;
-  if (rank > kMaxRank) return 0;
+  size_t one = 0;
   switch (type) {
-    case ort::Element::undefined: return 0;
-    case ort::Element::u8: bytes = 1; break;
-    case ort::Element::f16: bytes = 2; break;
-    case ort::Element::f32: bytes = 4; break;
-    case ort::Element::i64: bytes = 8; break;
+    case ort::Element::undefined: break;
+    case ort::Element::u8: one = 1; break;
+    case ort::Element::f16: one = 2; break;
+    case ort::Element::f32: one = 4; break;
+    case ort::Element::i64: one = 8; break;
   }
-  for (size_t i = 0; i < rank; ++i) bytes *= static_cast<size_t>(dim[i]);
-  return bytes;
+  return rank > kMaxRank ? 0 : one * static_cast<size_t>(count());
 }
 
 std::string Tensor::describe() const {

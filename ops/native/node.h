@@ -35,7 +35,8 @@ struct Tensor {
   void* data = nullptr;
 
   float* floats() const { return static_cast<float*>(data); }
-  size_t bytes() const;  // 0 of an undefined type
+  int64_t count() const;  // of its numbers
+  size_t bytes() const;   // 0 of an undefined type
   std::string describe() const;  // "float32 [1,2,3]"
 };
 
@@ -140,6 +141,12 @@ class Call {
   const Part* part_ = nullptr;
   Team* team_ = nullptr;
 };
+
+// The work of a recurrence with so many numbers of state, each taking `operations` for a token. Of one token it is the
+// state that takes the time, read from memory and written to it.
+inline double work_of_states(int64_t numbers, int64_t tokens, double operations) {
+  return static_cast<double>(numbers) * (operations * static_cast<double>(tokens) + 2 * sizeof(float));
+}
 
 // Shape inference: output `to` is shaped as input `from`, if that is known to be of this rank.
 void infer_like(ort::ShapeContext* context, size_t from, size_t to, size_t rank);

@@ -22,7 +22,10 @@
 
 namespace xexport {
 
-using MakeOperator = std::function<ort::CustomOp*(Isa)>;
+struct MakeOperator {
+  std::function<ort::CustomOp*(Isa)> make;
+  bool runs_others;  // with its body in its place a profile shows those
+};
 
 // A kernel of any class.
 struct AnyKernel {
@@ -131,7 +134,7 @@ template <class Kernel>
 struct Registered {
   Registered() {
     add_kernel<Kernel>(false);
-    operators().push_back([](Isa isa) -> ort::CustomOp* { return new Operator<Kernel>(isa); });
+    operators().push_back({[](Isa isa) -> ort::CustomOp* { return new Operator<Kernel>(isa); }, false});
     if (Kernel::kInPlace[0] < 0) return;
     std::string& names = in_place_operators();
     names += (names.empty() ? "" : ",") + std::string(Kernel::kName);
@@ -157,12 +160,12 @@ struct Numbered : Operator<Kernel> {
   }
 };
 
-template <class Kernel, int kCount>
+template <class Kernel, int kCount, bool kRunsOthers = false>
 struct RegisteredNumbered {
   RegisteredNumbered() {
     add_kernel<Kernel>(true);
     for (int i = 0; i < kCount; ++i) {
-      operators().push_back([i](Isa isa) -> ort::CustomOp* { return new Numbered<Kernel>(isa, i); });
+      operators().push_back({[i](Isa isa) -> ort::CustomOp* { return new Numbered<Kernel>(isa, i); }, kRunsOthers});
     }
   }
 };

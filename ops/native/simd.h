@@ -60,6 +60,15 @@ XEXPORT_INLINE Vec reversed(Vec v, std::integer_sequence<int, I...>) {
 }
 XEXPORT_INLINE Vec reversed(Vec v) { return reversed(v, Lanes{}); }
 
+XEXPORT_INLINE Vec magnitude(Vec x) {
+  IntVec bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  bits &= 0x7fffffff;
+  Vec result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
 // The sum of all lanes.
 XEXPORT_INLINE float sum(Vec v) {
   if constexpr (kLanes >= 16) v += swapped<8>(v, Lanes{});

@@ -52,12 +52,12 @@ size_t threads_at_most() {
 
 void Ahead::add(const void* memory, size_t bytes) {
   const char* at = static_cast<const char*>(memory);
+  bytes_ += bytes;
   for (size_t i = 0; i < bytes; i += kPiece) pieces_.push_back({at + i, std::min(kPiece, bytes - i)});
 }
 
 void Ahead::end_part() {
-  const size_t first = ends_.empty() ? 0 : ends_.back();
-  std::reverse(pieces_.begin() + static_cast<std::ptrdiff_t>(first), pieces_.end());
+  std::reverse(pieces_.begin() + static_cast<std::ptrdiff_t>(first(ends_.size())), pieces_.end());
   ends_.push_back(pieces_.size());
 }
 

@@ -26,10 +26,10 @@ class Ahead {
   // Ends a part's list and begins the next one's; helpers, who take jobs from the back, fetch from the back.
   void end_part();
 
-  // Pieces [first, last) are those of one part.
+  // The first piece of a part, or of the next one that has any; of the part behind the last, count().
   size_t first(size_t part) const { return part == 0 ? 0 : ends_[part - 1]; }
-  size_t last(size_t part) const { return ends_[part]; }
   size_t count() const { return pieces_.size(); }
+  size_t bytes() const { return bytes_; }
   void fetch(size_t piece) const;
 
  private:
@@ -39,6 +39,7 @@ class Ahead {
   };
   std::vector<Piece> pieces_;
   std::vector<size_t> ends_;
+  size_t bytes_ = 0;
 };
 
 class Team {
@@ -59,7 +60,7 @@ class Team {
   // For the leader: job(0) .. job(count - 1), each once, on any thread of the team; they must not throw.
   void share(Job job, void* user, size_t count);
 
-  // For the leader: the part whose memory it will read when it has done what it is about to do.
+  // For the leader: from which part on it will read when it has done what it is about to do.
   void will_read(size_t part);
 
  private:

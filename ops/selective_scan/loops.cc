@@ -128,8 +128,6 @@ enum class Decays {
 };
 constexpr int64_t kTogether = 4;
 
-XEXPORT_INLINE Vec magnitude(Vec v) { return v < Vec{} ? -v : v; }
-
 // Up to which dt the ways of making decays hold; where A is no number, up to none.
 void set_limits(Block& block, int64_t size) {
   for (int q = 0; q < kBlock; ++q) {

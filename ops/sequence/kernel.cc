@@ -6,6 +6,7 @@
 //
 // The kernel is the same for every i. The number tells apart the function bodies that a file carries for runtimes
 // without this library.
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 
@@ -117,7 +118,7 @@ class Sequence {
     if (call.input_count() != plan_.inputs) {
       node_.fail("the plan has " + std::to_string(plan_.inputs) + " inputs, got " + std::to_string(call.input_count()));
     }
-    if (weight_bytes_ < kManyWeights || x_bytes(call) > kFewTokens) {
+    if (ahead_.bytes() < kManyWeights || x_bytes(call) > kFewTokens) {
       run(call, nullptr);
       return;
     }
@@ -150,14 +151,10 @@ class Sequence {
       Tensor& made = values_[made_ + index];
       made.type = Element::f32;
       made.rank = rank;
-      size_t bytes = sizeof(float);
-      for (size_t i = 0; i < rank; ++i) {
-        made.dim[i] = dims[i];
-        bytes *= static_cast<size_t>(dims[i]);
-      }
+      std::copy(dims, dims + rank, made.dim);
       const int64_t place = part_.places[index];
       made.data = place >= 0 ? call_.output(static_cast<size_t>(place), dims, rank).data
-                             : memories().get(static_cast<size_t>(-1 - place), bytes);
+                             : memories().get(static_cast<size_t>(-1 - place), made.bytes());
       return made;
     }
 
@@ -185,13 +182,13 @@ class Sequence {
       if (constants_[i].data == nullptr) values[i] = call.input(i, "input");
     }
     size_t made = plan_.inputs;
-    if (team != nullptr) team->will_read(next_reader_[0]);
+    if (team != nullptr) team->will_read(0);
     for (size_t i = 0; i < plan_.parts.size(); ++i) {
       const SequencePart& part = plan_.parts[i];
       if (made_[i].kernel == nullptr) {
         reshape(value(values, part.inputs[0]), made_[i].shape, values[made]);
       } else {
-        if (team != nullptr && next_reader_[i] == i) team->will_read(next_reader_[i + 1]);
+        if (team != nullptr) team->will_read(i + 1);
         made_[i].kernel->compute(Call(call, Step(*this, call, part, values, made), team));
       }
       made += part.places.size();
@@ -201,20 +198,13 @@ class Sequence {
 
   // What helpers fetch ahead: of every part the weights that are read from memory in each run.
   void list_weights() {
-    const size_t parts = plan_.parts.size();
-    next_reader_.assign(parts + 1, parts);
     for (const SequencePart& part : plan_.parts) {
       for (const size_t input : part.inputs) {
         if (input >= plan_.inputs || constants_[input].data == nullptr) continue;
         const size_t bytes = constants_[input].bytes();
         if (bytes >= kLarge) ahead_.add(constants_[input].data, bytes);
-        weight_bytes_ += bytes;
       }
       ahead_.end_part();
-    }
-    ahead_.end_part();  // behind the last part there is nothing
-    for (size_t i = parts; i > 0; --i) {
-      next_reader_[i - 1] = ahead_.first(i - 1) < ahead_.last(i - 1) ? i - 1 : next_reader_[i];
     }
   }
 
@@ -244,8 +234,8 @@ class Sequence {
 
   // The same numbers in another shape, of which a 0 is the dimension as it was and a -1 what is left.
   void reshape(const Tensor& from, const std::vector<int64_t>& shape, Tensor& to) const {
-    int64_t count = 1, known = 1, open = -1;
-    for (size_t i = 0; i < from.rank; ++i) count *= from.dim[i];
+    const int64_t count = from.count();
+    int64_t known = 1, open = -1;
     to = from;
     to.rank = shape.size();
     for (size_t i = 0; i < shape.size(); ++i) {
@@ -267,11 +257,9 @@ class Sequence {
   std::vector<Tensor> constants_;
   std::vector<Made> made_;
   Ahead ahead_;
-  size_t weight_bytes_ = 0;
-  std::vector<size_t> next_reader_;  // of every part: the first from it on that has weights to fetch
 };
 
-const RegisteredNumbered<Sequence, kNames> registered;
+const RegisteredNumbered<Sequence, kNames, true> registered;
 
 }  // namespace
 }  // namespace xexport

@@ -41,8 +41,7 @@ class Wkv7 {
       if (state != before) std::memcpy(state, before, static_cast<size_t>(B * H * N * N) * sizeof(float));
       return;
     }
-    // of one token it is the state that takes the time, read from memory and written to it
-    const double work = static_cast<double>(B * H * N * N) * (5.0 * static_cast<double>(T) / 8 + 2 * sizeof(float));
+    const double work = work_of_states(B * H * N * N, T, 5.0 / 8);
     const int64_t group = heads_together(B * H, T), groups = (H + group - 1) / group;
     call.parallel(B * groups, work, [&](int64_t unit) {
       const int64_t b = unit / groups, first = unit % groups * group, many = std::min(group, H - first);
